@@ -1,0 +1,442 @@
+"""A state in the making: the working copy of one step, which nobody else sees.
+
+Every change of the state is one of the methods here, so that the counts and orders that the state
+keeps twice cannot come apart, and every effect and note passes through here.
+"""
+
+from bisect import insort
+from collections.abc import Iterator
+from typing import Any
+
+from attrs import evolve
+
+from mgpu_core.config import Config, Consumer
+from mgpu_core.effects import Effect, Reject, Serve, StartLoad, StartUnload
+from mgpu_core.notes import Detail, Note, Reason
+from mgpu_core.planners import PLANNERS, Planner
+from mgpu_core.state import (
+    Card,
+    ConsumerState,
+    Operation,
+    Phase,
+    Promise,
+    RequestState,
+    Residency,
+    Source,
+    State,
+    Swap,
+)
+from mgpu_core.transitions import RESIDENCY, SWAP, Cause, Turn
+
+
+class Draft:
+    """Open it on a state, change it, `close` it into the next state."""
+
+    def __init__(self, state: State, at: int, planner: Planner | None) -> None:
+        self.before = state
+        self.at = max(at, state.at)
+        self.run = state.run
+        self.draining = state.draining
+        self.stopping = state.stopping
+        self.epoch = state.epoch
+        self.arrivals = state.arrivals
+        self.retired = state.retired
+        self.consumers: dict[str, ConsumerState] = dict(state.consumers)
+        self.requests: dict[str, RequestState] = dict(state.requests)
+        self.queue: list[str] = list(state.queue)
+        self.overtaken: dict[str, int] = dict(state.overtaken)
+        self.overtaken_high: dict[str, int] = dict(state.overtaken_high)
+        self.reasons: dict[str, Reason] = dict(state.reasons)
+        self.waiting: dict[str, int] = dict(state.waiting)
+        self.serving: dict[str, int] = dict(state.serving)
+        self.owed: dict[str, int] = dict(state.owed)
+        self.swaps: dict[str, Swap] = dict(state.swaps)
+        self.promises: dict[str, Promise] = dict(state.promises)
+        self.cards: dict[int, Card] = dict(state.cards)
+        self.sample_error = state.sample_error
+        self.age = state.age
+        self.last_work = state.last_work
+        self.restore_due = state.restore_due
+        self.preload_due = state.preload_due
+        self.wake = state.wake
+        self.counters = state.counters
+
+        self.effects: list[Effect] = []
+        self.notes: list[Note] = []
+        # Who waited in swaps that ended in this step, in the order in which to serve them.
+        self.arrived: list[str] = []
+        # Something came free or moved on, so that what was looked at before may have changed.
+        self.again = False
+        self.own_planner = planner
+        self.configure(state.config)
+
+    def configure(self, config: Config) -> None:
+        self.config = config
+        self.planner = self.own_planner or PLANNERS[config.eviction]
+
+    def close(self) -> State:
+        return State(
+            config=self.config,
+            at=self.at,
+            run=self.run,
+            draining=self.draining,
+            stopping=self.stopping,
+            epoch=self.epoch,
+            arrivals=self.arrivals,
+            consumers=self.consumers,
+            retired=self.retired,
+            requests=self.requests,
+            queue=tuple(self.queue),
+            overtaken=self.overtaken,
+            overtaken_high=self.overtaken_high,
+            reasons=self.reasons,
+            waiting=self.waiting,
+            serving=self.serving,
+            owed=self.owed,
+            swaps=self.swaps,
+            promises=self.promises,
+            cards=self.cards,
+            sample_error=self.sample_error,
+            age=self.age,
+            last_work=self.last_work,
+            restore_due=self.restore_due,
+            preload_due=self.preload_due,
+            wake=self.wake,
+            counters=self.counters,
+        )
+
+    # -------------------------------------------------------------------------- what goes out
+
+    def do(self, effect: Effect) -> None:
+        self.effects.append(effect)
+
+    def note(
+        self,
+        type_: str,
+        /,
+        *,
+        request: str | None = None,
+        consumer: str | None = None,
+        **details: Detail,
+    ) -> None:
+        self.notes.append(Note(type=type_, request=request, consumer=consumer, details=details))
+
+    # ------------------------------------------------------------------------------ consumers
+
+    def known(self, name: str) -> Consumer | None:
+        return self.config.consumers.get(name)
+
+    def consumer(self, name: str) -> Consumer:
+        return self.config.consumers[name]
+
+    def update(self, name: str, **changes: Any) -> ConsumerState:
+        new = self.consumers[name] = evolve(self.consumers[name], **changes)
+        return new
+
+    def move(self, name: str, cause: Cause, source: Source, **changes: Any) -> None:
+        """Change what is believed of a consumer's memory, along the table only."""
+        old = self.consumers[name]
+        residency = RESIDENCY.get((old.residency, cause))
+        assert residency is not None, f"{name}: {old.residency} does not move when {cause}"
+        if residency is not Residency.UNKNOWN:
+            changes.setdefault("uncertain", None)
+        if residency not in {Residency.LOADING, Residency.UNLOADING}:
+            changes["operation"] = None
+        if residency is not old.residency:
+            changes.setdefault("moved", self.at)
+            self.again = True
+            self.note(
+                "Moved",
+                consumer=name,
+                old=old.residency.value,
+                new=residency.value,
+                because=cause.value,
+                source=source.value,
+            )
+        self.update(name, residency=residency, source=source, **changes)
+
+    def siblings(self, name: str) -> Iterator[str]:
+        """Give the other consumers of its server."""
+        server = self.consumer(name).server
+        for other, consumer in self.config.consumers.items():
+            if consumer.server == server and other != name:
+                yield other
+
+    def pinned(self, name: str) -> bool:
+        override = self.consumers[name].pinned
+        return self.consumer(name).pinned if override is None else override
+
+    # ----------------------------------------------------------------------------- operations
+
+    def start_load(self, name: str, epoch: int) -> None:
+        operation = Operation(
+            kind="load", epoch=epoch, since=self.at, deadline=self.at + self.config.load_timeout_us
+        )
+        self.move(name, Cause.LOAD_STARTED, Source.COMMAND, operation=operation, touched=self.at)
+        self.counters = evolve(self.counters, loads=self.counters.loads + 1)
+        self.do(StartLoad(consumer=name, epoch=epoch))
+
+    def start_unload(self, name: str, epoch: int, *, because: str) -> None:
+        """Send it out, with all of its server where only a stop of that helps."""
+        consumer, old = self.consumer(name), self.consumers[name]
+        by_route = consumer.unload_route and (old.leaky_mib is None or consumer.driver == "none")
+        operation = Operation(
+            kind="unload",
+            epoch=epoch,
+            since=self.at,
+            deadline=self.at + self.config.unload_timeout_us,
+            how="routes" if by_route else "driver",
+        )
+        for one in (name,) if by_route else (name, *self.siblings(name)):
+            self.move(
+                one,
+                Cause.UNLOAD_STARTED,
+                Source.COMMAND,
+                operation=operation,
+                touched=self.at,
+                cleared=False,
+                starter=None,
+            )
+        self.counters = evolve(self.counters, evictions=self.counters.evictions + 1)
+        self.age = max(self.age, old.credit)
+        self.do(StartUnload(consumer=name, epoch=epoch, how=operation.how))
+        self.note("Unloading", consumer=name, epoch=epoch, how=operation.how, because=because)
+
+    def next_epoch(self) -> int:
+        self.epoch += 1
+        return self.epoch
+
+    # ------------------------------------------------------------------------------- requests
+
+    def admit(self, request: RequestState) -> None:
+        self.requests[request.request] = request
+        _count(self.waiting, request.consumer, 1)
+        self._enqueue(request.request)
+
+    def enqueue_again(self, name: str, *, owed: bool) -> None:
+        """Give a joined request its old place back."""
+        request = self.requests[name]
+        self.requests[name] = evolve(request, phase=Phase.QUEUED, owed=owed)
+        if owed and not request.owed:
+            _count(self.owed, request.consumer, 1)
+        self._enqueue(name)
+        self.again = True
+
+    def join(self, name: str) -> None:
+        self._count_overtakes(name)
+        self._leave_queue(name)
+        self._no_longer_owed(name)
+        self.requests[name] = evolve(self.requests[name], phase=Phase.JOINED, counted=True)
+
+    def grant(self, name: str) -> None:
+        """Let it be served now."""
+        self._count_overtakes(name)
+        self._leave_queue(name)
+        self._no_longer_owed(name)
+        self._forget_wait(name)
+        request = self.requests[name]
+        self.requests[name] = evolve(request, phase=Phase.SERVING, granted=self.at)
+        _count(self.waiting, request.consumer, -1)
+        _count(self.serving, request.consumer, 1)
+        state = self.consumers[request.consumer]
+        self.update(
+            request.consumer,
+            touched=self.at,
+            idle_since=None,
+            total_requests=state.total_requests + 1,
+        )
+        waited = self.at - request.at
+        self.counters = evolve(self.counters, jobs=self.counters.jobs + 1, last_wait_us=waited)
+        self.last_work = self.at
+        self.restore_due = True
+        self.do(Serve(request=name, consumer=request.consumer))
+        self.note("Granted", request=name, consumer=request.consumer, waited_us=waited)
+
+    def drop(self, name: str) -> RequestState:
+        """Take a waiting request out of everything; who answers it is somebody else's."""
+        request = self.requests[name]
+        assert request.phase is not Phase.SERVING, f"{name} is being served"
+        self._leave_queue(name)
+        self._no_longer_owed(name)
+        self._forget_wait(name)
+        del self.requests[name]
+        _count(self.waiting, request.consumer, -1)
+        self.again = True
+        return request
+
+    def end_serving(self, name: str) -> RequestState:
+        request = self.requests.pop(name)
+        assert request.phase is Phase.SERVING, f"{name} is not being served"
+        _count(self.serving, request.consumer, -1)
+        self.again = True
+        return request
+
+    def reject(
+        self,
+        name: str,
+        code: str,
+        message: str,
+        *,
+        retryable: bool = True,
+        retry_after_us: int | None = None,
+    ) -> None:
+        """End a waiting request with an error."""
+        request = self.drop(name)
+        self.refuse(
+            name,
+            code,
+            message,
+            consumer=request.consumer,
+            retryable=retryable,
+            retry_after_us=retry_after_us,
+            answered=request.operator is None,
+        )
+
+    def refuse(
+        self,
+        name: str,
+        code: str,
+        message: str,
+        *,
+        consumer: str | None,
+        retryable: bool,
+        retry_after_us: int | None = None,
+        answered: bool = True,
+    ) -> None:
+        """Answer a request that was not admitted, or no longer is."""
+        seconds = None if retry_after_us is None else max(1, -(-retry_after_us // 1_000_000))
+        if answered:
+            self.do(
+                Reject(
+                    request=name,
+                    code=code,
+                    message=message,
+                    consumer=consumer,
+                    retryable=retryable,
+                    retry_after=seconds,
+                )
+            )
+        self.note("Rejected", request=name, consumer=consumer, code=code, message=message)
+
+    def why(self, name: str, reason: Reason) -> None:
+        """Note why a request waits, where that is news."""
+        old = self.reasons.get(name)
+        if old is reason or old == reason:
+            return
+        self.reasons[name] = reason
+        request = self.requests[name]
+        self.note(
+            "Waits",
+            request=name,
+            consumer=request.consumer,
+            why=reason.why.value,
+            who=reason.who,
+            overtaken=self.overtaken.get(name, 0) + self.overtaken_high.get(name, 0),
+            **reason.numbers,
+        )
+
+    def joined(self, target: str) -> list[str]:
+        """Give who waits in the swap of this target, in queue order."""
+        names = [
+            name
+            for name, request in self.requests.items()
+            if request.phase is Phase.JOINED and request.consumer == target
+        ]
+        return sorted(names, key=self._place)
+
+    def waiting_for(self, consumer: str) -> list[str]:
+        """Give who waits for this consumer, queued or joined, in queue order."""
+        names = [
+            name
+            for name, request in self.requests.items()
+            if request.phase is not Phase.SERVING and request.consumer == consumer
+        ]
+        return sorted(names, key=self._place)
+
+    def is_promoted(self, name: str) -> bool:
+        bound = self.config.overtake_bound
+        if bound is None or self.requests[name].only_if_free:
+            return False
+        return self.overtaken[name] >= bound or self.overtaken_high[name] >= 2 * bound
+
+    def order(self) -> list[str]:
+        """Give the queue as it is walked: promoted ones first, the oldest of them before all."""
+        bound = self.config.overtake_bound
+        if bound is None:
+            return list(self.queue)
+        promoted = [name for name in self.queue if self.is_promoted(name)]
+        if not promoted:
+            return list(self.queue)
+        promoted.sort(key=lambda name: self.requests[name].arrival)
+        first = set(promoted)
+        return promoted + [name for name in self.queue if name not in first]
+
+    def _place(self, name: str) -> tuple[int, int]:
+        request = self.requests[name]
+        return (-request.priority, request.arrival)
+
+    def _enqueue(self, name: str) -> None:
+        insort(self.queue, name, key=self._place)
+        self.overtaken.setdefault(name, 0)
+        self.overtaken_high.setdefault(name, 0)
+
+    def _leave_queue(self, name: str) -> None:
+        if self.requests[name].phase is Phase.QUEUED:
+            self.queue.remove(name)
+
+    def _forget_wait(self, name: str) -> None:
+        self.reasons.pop(name, None)
+        del self.overtaken[name], self.overtaken_high[name]
+
+    def _no_longer_owed(self, name: str) -> None:
+        request = self.requests[name]
+        if request.owed:
+            _count(self.owed, request.consumer, -1)
+            self.requests[name] = evolve(request, owed=False)
+
+    def _count_overtakes(self, name: str) -> None:
+        """Let every queued request that came before count this one, once."""
+        overtaker = self.requests[name]
+        if overtaker.counted or overtaker.operator is not None:
+            return
+        cards = self.consumer(overtaker.consumer).vram_mib.keys()
+        if not cards:
+            return
+        for other in self.queue:
+            waiting = self.requests[other]
+            if waiting.arrival >= overtaker.arrival:
+                continue
+            if cards.isdisjoint(self.consumer(waiting.consumer).vram_mib.keys()):
+                continue
+            counts = (
+                self.overtaken_high if overtaker.priority > waiting.priority else self.overtaken
+            )
+            was_promoted = self.is_promoted(other)
+            counts[other] += 1
+            if self.is_promoted(other) and not was_promoted:
+                self.again = True
+                self.note("Promoted", request=other, consumer=waiting.consumer)
+
+    # ------------------------------------------------------------------------ swaps, promises
+
+    def turn(self, swap: Swap, turn: Turn, **changes: Any) -> Swap:
+        """Bring a swap on, along the table only."""
+        phase = SWAP.get((swap.phase, turn))
+        assert phase is not None, f"swap of {swap.target}: {swap.phase} knows no {turn}"
+        new = self.swaps[swap.target] = evolve(swap, phase=phase, **changes)
+        self.again = True
+        return new
+
+    def give_up_promise(self, name: str) -> None:
+        if self.promises.pop(name, None) is not None:
+            self.again = True
+
+
+def _count(counts: dict[str, int], name: str, by: int) -> None:
+    """Change a count; nobody stays in with zero."""
+    count = counts.get(name, 0) + by
+    assert count >= 0, f"{name}: a count fell below zero"
+    if count:
+        counts[name] = count
+    else:
+        counts.pop(name, None)

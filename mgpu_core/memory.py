@@ -1,0 +1,311 @@
+"""The accounting of GPU memory: needs, gains, promises, what is free, what a planner may see.
+
+With a good sample a card says itself what is free; without one the static budget decides: what
+the operator gave, less what residents are believed to hold.
+"""
+
+from collections.abc import Mapping
+
+from attrs import evolve
+
+from mgpu_core.config import Consumer
+from mgpu_core.draft import Draft
+from mgpu_core.events import GpuSample
+from mgpu_core.planners import Holder, View
+from mgpu_core.state import Card, ConsumerState, Promise, Residency
+
+# A sample is good for so many poll intervals.
+GOOD_INTERVALS = 3
+
+
+def held_mib(consumer: Consumer, state: ConsumerState, gpu: int) -> int:
+    """What it holds on a card while it is resident: as measured, else as declared."""
+    if consumer.vram_managed:
+        return 0
+    if state.measured_mib is not None and len(consumer.vram_mib) == 1:
+        return state.measured_mib if gpu in consumer.vram_mib else 0
+    return consumer.vram_mib.get(gpu, 0)
+
+
+def need_mib(consumer: Consumer, state: ConsumerState) -> dict[int, int]:
+    """What must be free on each card before it loads; empty where nobody knows or cares."""
+    if consumer.vram_managed:
+        return {}
+    needs = {}
+    for gpu, declared in consumer.vram_mib.items():
+        steady = held_mib(consumer, state, gpu) if consumer.vram_auto else declared
+        need = max(steady, consumer.vram_load_mib)
+        if need:
+            needs[gpu] = need
+    return needs
+
+
+def good_card(d: Draft, gpu: int) -> Card | None:
+    card = d.cards.get(gpu)
+    if card is None or d.at - card.taken > GOOD_INTERVALS * d.config.poll_interval_us:
+        return None
+    return card
+
+
+def gain_mib(d: Draft, name: str, gpu: int) -> int:
+    """What an unload of it should give back on a card."""
+    consumer, state = d.consumer(name), d.consumers[name]
+    if gpu not in consumer.vram_mib:
+        return 0
+    if state.residency is Residency.ABSENT and name not in d.swaps:
+        return 0
+    if (
+        state.residency is Residency.UNKNOWN
+        and state.uncertain != "unload"
+        and good_card(d, gpu) is not None
+    ):
+        return 0  # the sample counts what a failed load left behind, if anything
+    if state.leaky_mib is not None:
+        return state.leaky_mib
+    return max(0, held_mib(consumer, state, gpu) - consumer.vram_residue_mib)
+
+
+def free_mib(d: Draft, target: str, gpu: int) -> int | None:
+    """What the target could have on a card now; None: no limit is known."""
+    card = good_card(d, gpu)
+    if card is None:
+        return _static_free_mib(d, target, gpu)
+    promised = sum(
+        promise.mib.get(gpu, 0) for name, promise in d.promises.items() if name != target
+    )
+    state = d.consumers[target]
+    still_held = (
+        gain_mib(d, target, gpu)
+        if state.residency is Residency.UNKNOWN and state.uncertain == "unload"
+        else 0
+    )
+    return card.free_mib - promised + still_held
+
+
+def _static_free_mib(d: Draft, target: str, gpu: int) -> int | None:
+    total = total_mib(d, gpu)
+    if total is None:
+        return None
+    beside = d.consumer(target).can_coexist_with
+    held = sum(
+        static_mib(d, name, gpu) for name in d.consumers if name != target and name not in beside
+    )
+    settings, card = d.config.gpus.get(gpu), d.cards.get(gpu)
+    reserved = settings.reserved_mib if settings else 0
+    return total - reserved - held - (card.foreign_mib if card else 0)
+
+
+def static_mib(d: Draft, name: str, gpu: int) -> int:
+    """What a consumer counts in the static budget: once, by its promise or as a resident."""
+    state, promise = d.consumers[name], d.promises.get(name)
+    if promise is not None and state.residency is not Residency.RESIDENT:
+        return promise.mib.get(gpu, 0)
+    if state.residency is Residency.ABSENT:
+        return 0
+    return held_mib(d.consumer(name), state, gpu)
+
+
+def total_mib(d: Draft, gpu: int) -> int | None:
+    settings, card = d.config.gpus.get(gpu), d.cards.get(gpu)
+    if settings is not None and settings.total_mib is not None:
+        return settings.total_mib
+    return None if card is None else card.total_mib
+
+
+def cushion_mib(d: Draft, gpu: int) -> int:
+    settings = d.config.gpus.get(gpu)
+    return settings.cushion_mib if settings else 0
+
+
+def can_never_fit(d: Draft, name: str) -> str | None:
+    """Say why the consumer can never be brought in as things are configured and pinned."""
+    consumer = d.consumer(name)
+    for gpu, need in need_mib(consumer, d.consumers[name]).items():
+        total = total_mib(d, gpu)
+        if total is None:
+            continue
+        settings = d.config.gpus.get(gpu)
+        reserved = settings.reserved_mib if settings else 0
+        pinned = [
+            other
+            for other, state in d.consumers.items()
+            if other != name
+            and state.residency is Residency.RESIDENT
+            and d.pinned(other)
+            and other not in consumer.can_coexist_with
+        ]
+        room = total - reserved - sum(held_mib(d.consumer(p), d.consumers[p], gpu) for p in pinned)
+        if need + cushion_mib(d, gpu) > room:
+            beside = f" beside the pinned {', '.join(pinned)}" if pinned else ""
+            return (
+                f"{name} needs {need} MiB and a cushion of {cushion_mib(d, gpu)} MiB on GPU {gpu}, "
+                f"where {room} MiB can be had{beside}"
+            )
+    return None
+
+
+# ---------------------------------------------------------------------------- what a planner sees
+
+
+def is_busy(d: Draft, name: str) -> bool:
+    """It works for somebody past the broker, by a probe taken after its last work for us."""
+    state = d.consumers[name]
+    return (
+        state.busy_seen is not None
+        and state.busy_seen > state.last_done
+        and d.at <= state.busy_seen + 2 * d.config.probe_interval_us
+    )
+
+
+def at_work(d: Draft, name: str) -> bool:
+    """It may not go now: it serves, is busy, moves already, or is owed to somebody."""
+    return (
+        name in d.serving
+        or name in d.owed
+        or name in d.swaps
+        or d.consumers[name].operation is not None
+        or is_busy(d, name)
+    )
+
+
+def cooling_down(d: Draft, name: str) -> bool:
+    """It refused to be unloaded a moment ago."""
+    cooldown = d.consumers[name].unload_cooldown
+    return cooldown is not None and d.at < cooldown.until
+
+
+def stops_with(d: Draft, name: str) -> tuple[str, ...]:
+    """Who shares its fate when it is unloaded: all of its server, where only a stop helps."""
+    consumer, state = d.consumer(name), d.consumers[name]
+    if consumer.unload_route and (state.leaky_mib is None or consumer.driver == "none"):
+        return ()
+    return tuple(d.siblings(name))
+
+
+def may_be_evicted(d: Draft, name: str) -> bool:
+    return (
+        d.consumer(name).unloadable
+        and not d.consumer(name).vram_managed
+        and not cooling_down(d, name)
+        and not any(d.pinned(one) for one in (name, *stops_with(d, name)))
+    )
+
+
+def view_for(d: Draft, target: str, *, max_evictions: int) -> View:
+    """Make what a planner may know for one target."""
+    consumer = d.consumer(target)
+    needs = need_mib(consumer, d.consumers[target])
+    running = [
+        name
+        for name, state in d.consumers.items()
+        if name in d.swaps or state.residency not in {Residency.ABSENT, Residency.UNKNOWN}
+    ]
+    return View(
+        running=tuple(sorted(running)),
+        holders={name: _holder(d, name) for name in sorted(d.consumers)},
+        need_mib={gpu: need + cushion_mib(d, gpu) for gpu, need in needs.items()},
+        free_mib={gpu: free_mib(d, target, gpu) for gpu in needs},
+        protected=consumer.can_coexist_with,
+        max_evictions=max_evictions,
+    )
+
+
+def _holder(d: Draft, name: str) -> Holder:
+    consumer, state = d.consumer(name), d.consumers[name]
+    return Holder(
+        name=name,
+        residency=state.residency,
+        gain_mib={gpu: gain_mib(d, name, gpu) for gpu in consumer.vram_mib},
+        need_mib=need_mib(consumer, state),
+        measured_mib=state.measured_mib,
+        last_used=state.last_used,
+        uses=state.uses,
+        credit=state.credit,
+        load_us=state.load_us,
+        serving=d.serving.get(name, 0),
+        busy=is_busy(d, name),
+        owed=name in d.owed,
+        pinned=d.pinned(name),
+        evictable=may_be_evicted(d, name),
+        idle=not any(at_work(d, one) for one in (name, *stops_with(d, name))),
+    )
+
+
+# --------------------------------------------------------------------------------------- promises
+
+
+def promise_for(d: Draft, target: str) -> None:
+    """Set aside what a swap will take; a target that is in already takes nothing."""
+    state = d.consumers[target]
+    needs = need_mib(d.consumer(target), state)
+    if needs and state.residency is not Residency.RESIDENT:
+        d.promises[target] = Promise(mib=needs)
+
+
+def promise_taken(d: Draft, name: str) -> None:
+    """The load is over: the next sample shows the memory, where there are samples."""
+    promise = d.promises.get(name)
+    if promise is None:
+        return
+    if any(good_card(d, gpu) is not None for gpu in promise.mib):
+        d.promises[name] = evolve(promise, done=d.at)
+    else:
+        d.give_up_promise(name)
+
+
+def promise_granted(d: Draft, name: str) -> None:
+    """A lazy consumer takes its memory from now on, at its own pace."""
+    promise = d.promises.get(name)
+    if promise is not None:
+        used = {gpu: card.used_mib for gpu in promise.mib if (card := good_card(d, gpu))}
+        d.promises[name] = evolve(promise, granted=d.at, used_before_mib=used)
+
+
+def take_sample(d: Draft, sample: GpuSample) -> None:
+    """Believe a good reading, and let go of the promises that it shows as taken."""
+    d.sample_error = sample.error
+    if sample.error is not None:
+        d.note("SampleFailed", error=sample.error)
+        return
+    taken = min(sample.taken, d.at)
+    for reading in sample.gpus:
+        old = d.cards.get(reading.index)
+        if old is not None and taken < old.taken:
+            d.note("Ignored", what="GpuSample", because="older than the last one")
+            continue
+        d.cards[reading.index] = Card(
+            total_mib=reading.total_mib,
+            used_mib=reading.used_mib,
+            free_mib=reading.free_mib,
+            taken=taken,
+            foreign_mib=_foreign_mib(d, reading.index, reading.used_mib, old),
+        )
+    for name, promise in sorted(d.promises.items()):
+        if all(_shown_as_taken(d, promise, gpu, need) for gpu, need in promise.mib.items()):
+            d.give_up_promise(name)
+    d.again = True
+
+
+def _foreign_mib(d: Draft, gpu: int, used_mib: int, old: Card | None) -> int:
+    """What nobody here holds. While something moves, nobody can tell: the last figure stays."""
+    moving = d.promises or any(state.operation for state in d.consumers.values())
+    if moving and old is not None:
+        return old.foreign_mib
+    ours = sum(
+        held_mib(d.consumer(name), state, gpu)
+        for name, state in d.consumers.items()
+        if state.residency is not Residency.ABSENT
+    )
+    return max(0, used_mib - ours)
+
+
+def _shown_as_taken(d: Draft, promise: Promise, gpu: int, need: int) -> bool:
+    card = d.cards.get(gpu)
+    if card is None:
+        return False
+    if promise.done is not None and card.taken > promise.done:
+        return True
+    if promise.granted is None or card.taken <= promise.granted:
+        return False
+    before: Mapping[int, int] = promise.used_before_mib
+    return gpu in before and card.used_mib >= before[gpu] + need

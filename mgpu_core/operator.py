@@ -1,0 +1,272 @@
+"""Events of an operator and of the broker's own life: unload, load, pin, drain, a new start."""
+
+from attrs import evolve
+
+from mgpu_core import swaps
+from mgpu_core.config import Config, in_order
+from mgpu_core.draft import Draft
+from mgpu_core.effects import Probe, SampleGpu
+from mgpu_core.events import Load, Pin, Reconfigured, Started, Unload
+from mgpu_core.memory import at_work, is_busy, stops_with
+from mgpu_core.requests import operator_id
+from mgpu_core.state import (
+    ConsumerState,
+    Counters,
+    Phase,
+    RequestState,
+    Residency,
+    first_belief,
+)
+
+
+def on_started(d: Draft, event: Started) -> None:
+    """Forget what an earlier run had under way; keep what outlives it."""
+    d.run = event.run
+    d.draining = d.stopping = False
+    for name in d.retired:
+        del d.consumers[name]
+    d.configure(_without(d.config, d.retired))
+    d.retired = ()
+    for held in (
+        d.requests,
+        d.queue,
+        d.overtaken,
+        d.overtaken_high,
+        d.reasons,
+        d.waiting,
+        d.serving,
+        d.owed,
+        d.swaps,
+        d.promises,
+        d.cards,
+    ):
+        held.clear()
+    for name, state in d.consumers.items():
+        fresh = evolve(first_belief(d.consumer(name)), idle_since=d.at)
+        d.consumers[name] = state.over_a_restart(fresh)
+    d.counters = d.counters or Counters()
+    d.sample_error = None
+    d.last_work = d.at
+    d.restore_due = False
+    d.preload_due = any(consumer.preload for consumer in d.config.consumers.values())
+    d.do(SampleGpu())
+    for name in d.consumers:
+        d.do(Probe(consumer=name))
+    d.note("Started", run=event.run)
+
+
+def on_unload(d: Draft, event: Unload) -> None:
+    names = event.consumers or tuple(
+        name
+        for name, consumer in d.config.consumers.items()
+        if consumer.unloadable and not consumer.vram_managed and not d.pinned(name)
+    )
+    for name in names:
+        consumer = d.known(name)
+        if consumer is None or not consumer.unloadable:
+            because = "it is not known" if consumer is None else "there is no way to unload it"
+            d.note("Ignored", consumer=name, what="Unload", because=because)
+            continue
+        for request in d.waiting_for(name):
+            d.reject(request, "unloaded", f"an operator unloaded {name}")
+        if event.force:
+            _force_out(d, name)
+        elif d.consumers[name].residency is not Residency.ABSENT or name in d.swaps:
+            d.update(name, leaving=True)
+            d.note("Leaving", consumer=name)
+    d.again = True
+
+
+def _force_out(d: Draft, name: str) -> None:
+    """Send it out at once, in the middle of whatever it does."""
+    if any(at_work(d, one) for one in stops_with(d, name)):
+        # Others live in the same process: nobody asked for their end.
+        d.update(name, leaving=True)
+        d.note("Leaving", consumer=name, beside=stops_with(d, name))
+        return
+    if name in d.swaps:
+        swaps.abandon(d, d.swaps[name])
+    state = d.update(name, cleared=False)
+    if state.residency in {Residency.ABSENT, Residency.UNLOADING}:
+        d.give_up_promise(name)
+    else:
+        d.start_unload(name, d.next_epoch(), because="an operator forces it")
+
+
+def leave(d: Draft) -> None:
+    """Send out those that an operator wants gone and that have drained."""
+    for name in d.consumers:
+        state = d.consumers[name]  # a moment ago it may have gone with its server
+        if not state.leaving or state.operation is not None or name in d.swaps:
+            continue
+        if state.residency is Residency.ABSENT:
+            d.update(name, leaving=False)
+            d.again = True
+        elif name not in d.serving and not is_busy(d, name) and not _siblings_at_work(d, name):
+            d.start_unload(name, d.next_epoch(), because="an operator wants it out")
+
+
+def _siblings_at_work(d: Draft, name: str) -> bool:
+    return any(at_work(d, one) or d.pinned(one) for one in stops_with(d, name))
+
+
+def unload_idle(d: Draft) -> None:
+    """Send out what was idle for as long as its configuration allows."""
+    for name in d.consumers:
+        due = idle_due(d, name)
+        if due is None or d.at < due:
+            continue
+        if any(at_work(d, one) for one in (name, *stops_with(d, name))):
+            continue
+        d.start_unload(name, d.next_epoch(), because="it was idle")
+
+
+def idle_due(d: Draft, name: str) -> int | None:
+    """When its idle time is over; None: it may stay."""
+    consumer, state = d.consumer(name), d.consumers[name]
+    if consumer.idle_unload_us is None or state.idle_since is None or not consumer.unloadable:
+        return None
+    if state.residency is not Residency.RESIDENT or name in d.waiting or d.pinned(name):
+        return None
+    cooldown = state.unload_cooldown
+    return max(state.idle_since + consumer.idle_unload_us, cooldown.until if cooldown else 0)
+
+
+def on_load(d: Draft, event: Load) -> None:
+    request_load(d, event.consumer, "load", only_if_free=event.only_if_free)
+
+
+def request_load(d: Draft, name: str, operator: str, *, only_if_free: bool) -> None:
+    """Queue a request without a client: it ends when the consumer is in."""
+    because = _no_load(d, name)
+    if because is not None:
+        d.note("NotLoaded", consumer=name, because=because)
+        return
+    d.arrivals += 1
+    d.admit(
+        RequestState(
+            request=operator_id(name),
+            consumer=name,
+            kind="load",
+            priority=d.consumer(name).priority,
+            arrival=d.arrivals,
+            at=d.at,
+            deadline=d.at + d.config.queue_timeout_us,
+            phase=Phase.QUEUED,
+            operator=operator,  # type: ignore[arg-type]
+            only_if_free=only_if_free,
+        )
+    )
+
+
+def _no_load(d: Draft, name: str) -> str | None:
+    consumer = d.known(name)
+    if consumer is None or name in d.retired:
+        return "it is not known"
+    if d.draining or d.stopping:
+        return "the broker takes no new work"
+    if not consumer.loadable:
+        return "only its first request can load it"
+    state = d.consumers[name]
+    if operator_id(name) in d.requests or state.residency is Residency.LOADING:
+        return "it is being loaded already"
+    if state.residency is Residency.RESIDENT and not state.leaving:
+        return "it is loaded already"
+    if state.load_cooldown is not None and d.at < state.load_cooldown.until:
+        return "it failed to load a moment ago"
+    return None
+
+
+def on_pin(d: Draft, event: Pin) -> None:
+    if event.consumer not in d.consumers:
+        d.note("Ignored", consumer=event.consumer, what="Pin", because="it is not known")
+        return
+    d.update(event.consumer, pinned=event.pinned)
+    d.note("Pinned" if event.pinned else "Unpinned", consumer=event.consumer)
+
+
+def load_by_itself(d: Draft) -> None:
+    """Bring in the preload set: once at the start, and once in each long idle time."""
+    if d.draining or d.stopping:
+        return
+    restore = restore_at(d)
+    if d.preload_due and (d.cards or d.sample_error is not None):
+        d.preload_due = False
+        operator = "preload"
+    elif restore is not None and d.at >= restore:
+        d.restore_due = False
+        operator = "restore"
+    else:
+        return
+    for name, consumer in d.config.consumers.items():
+        if consumer.preload and d.consumers[name].residency is not Residency.RESIDENT:
+            request_load(d, name, operator, only_if_free=True)
+    d.again = True
+
+
+def restore_at(d: Draft) -> int | None:
+    """When the broker has been without work for long enough to restore the preload set."""
+    if d.config.restore_after_us is None or not d.restore_due or d.requests or d.swaps:
+        return None
+    return d.last_work + d.config.restore_after_us
+
+
+def on_shutdown(d: Draft) -> None:
+    d.draining = d.stopping = True
+    for name in [n for n, r in d.requests.items() if r.phase is not Phase.SERVING]:
+        d.reject(name, "shutting_down", "the broker is shutting down")
+    d.note("ShuttingDown")
+
+
+def on_reconfigured(d: Draft, event: Reconfigured) -> None:
+    """Take over a new configuration; who is no longer in it stays until nothing is left of it."""
+    old, new = d.config, event.config
+    kept = tuple(sorted(n for n in d.consumers if n not in new.consumers and _alive(d, n)))
+    consumers = {**new.consumers, **{name: old.consumers[name] for name in kept}}
+    d.configure(in_order(evolve(new, consumers=consumers)))
+    d.retired = kept
+    for name in d.consumers.keys() - consumers.keys():
+        d.give_up_promise(name)
+    states: dict[str, ConsumerState] = {}
+    for name, consumer in d.config.consumers.items():
+        if name in d.consumers:
+            states[name] = d.consumers[name]
+        else:
+            states[name] = evolve(first_belief(consumer), idle_since=d.at)
+            d.do(Probe(consumer=name))
+    d.consumers = states
+    d.again = True
+    d.note("Reconfigured", retired=kept)
+
+
+def retire(d: Draft) -> None:
+    """Forget those that left the configuration and have nothing left here."""
+    gone = tuple(name for name in d.retired if not _alive(d, name))
+    if gone:
+        d.retired = tuple(name for name in d.retired if name not in gone)
+        for name in gone:
+            del d.consumers[name]
+            d.give_up_promise(name)
+        d.configure(_without(d.config, gone))
+        d.note("Retired", who=gone)
+
+
+def _alive(d: Draft, name: str) -> bool:
+    """Something of it is still here: memory that can be given back, or requests."""
+    state = d.consumers[name]
+    holds = state.residency is not Residency.ABSENT and d.consumer(name).unloadable
+    return (
+        holds
+        or state.operation is not None
+        or name in d.swaps
+        or any(name in swap.victims for swap in d.swaps.values())
+        or name in d.waiting
+        or name in d.serving
+    )
+
+
+def _without(config: Config, names: tuple[str, ...]) -> Config:
+    if not names:
+        return config
+    consumers = {n: c for n, c in config.consumers.items() if n not in names}
+    return evolve(config, consumers=consumers)

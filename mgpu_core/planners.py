@@ -1,0 +1,149 @@
+"""Who has to go when memory is short. The scheduler decides when, a planner decides who.
+
+A planner of your own is any object with `victims(target, view)`: pure, without side effects, as
+it is asked speculatively. Its answer is the whole set before anything is unloaded; it is believed
+about what fits. See `Lru` for the built-in one.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+from attrs import frozen
+
+from mgpu_core.config import Eviction
+from mgpu_core.state import Residency
+
+OrderKey: TypeAlias = tuple[int, int, str]
+
+
+@frozen(kw_only=True)
+class Holder:
+    """One consumer as a planner sees it. MiB by card, times in microseconds."""
+
+    name: str
+    residency: Residency
+    # What an unload of it should give back: as measured, else as declared, less its residue.
+    gain_mib: Mapping[int, int]
+    need_mib: Mapping[int, int]
+    measured_mib: int | None
+    # The end of its last successful work; None: never used.
+    last_used: int | None
+    uses: int
+    # Frequency times cost by size, aged: what gdsf orders by.
+    credit: int
+    load_us: int | None
+    serving: int
+    busy: bool
+    owed: bool
+    pinned: bool
+    # It may be named at all: there is a way to unload it, and nothing forbids that now.
+    evictable: bool
+    # It could be unloaded at once: it does not serve, load, unload, and nobody waits for it.
+    idle: bool
+
+
+@frozen(kw_only=True)
+class View:
+    """What a planner may know, made for one target."""
+
+    # Resident, loading, unloading, and targets of swaps, sorted.
+    running: tuple[str, ...]
+    holders: Mapping[str, Holder]
+    # What the target needs by card, cushion included; empty: nothing has to go for it.
+    need_mib: Mapping[int, int]
+    # What it could have now, less what is promised to others; None: no limit is known.
+    free_mib: Mapping[int, int | None]
+    # Who may stay beside it.
+    protected: tuple[str, ...]
+    max_evictions: int
+
+    def candidates(self, target: str) -> tuple[Holder, ...]:
+        """Give all that may be named for the target and hold memory where it needs some."""
+        return tuple(
+            holder
+            for name, holder in self.holders.items()
+            if name != target
+            and holder.evictable
+            and name not in self.protected
+            and any(holder.gain_mib.get(gpu, 0) > 0 for gpu in self.need_mib)
+        )
+
+    def missing_mib(self, victims: Iterable[Holder] = ()) -> dict[int, int]:
+        """Say how much is missing by card once these have gone; empty: the target fits."""
+        missing = {}
+        for gpu, need in self.need_mib.items():
+            free = self.free_mib.get(gpu)
+            if free is None:
+                continue
+            short = need - free - sum(victim.gain_mib.get(gpu, 0) for victim in victims)
+            if short > 0:
+                missing[gpu] = short
+        return missing
+
+
+class Planner(Protocol):
+    def victims(self, target: str, view: View) -> tuple[str, ...] | None:
+        """Name who has to go so that the target fits; None: no set would do."""
+
+
+class Lru:
+    """Oldest end of successful work first; who was never used goes before all others."""
+
+    def order(self, holder: Holder) -> OrderKey:
+        return (-1 if holder.last_used is None else holder.last_used, 0, holder.name)
+
+    def victims(self, target: str, view: View) -> tuple[str, ...] | None:
+        if view.holders[target].residency is Residency.RESIDENT or not view.missing_mib():
+            return ()
+        candidates = sorted(view.candidates(target), key=self.order)
+        idle = [holder for holder in candidates if holder.idle]
+        at_work = [holder for holder in candidates if not holder.idle]
+        # A set of idle ones can go at once; any other has to be waited for.
+        for pool in (idle, idle + at_work):
+            chosen = _smallest(pool, view)
+            if chosen is not None:
+                return tuple(holder.name for holder in chosen)
+        return None
+
+
+class Gdsf(Lru):
+    """Greedy dual size frequency: what is cheap to bring back for the room it takes goes first."""
+
+    def order(self, holder: Holder) -> OrderKey:
+        return (holder.credit, -1 if holder.last_used is None else holder.last_used, holder.name)
+
+
+PLANNERS: Mapping[Eviction, Planner] = {"lru": Lru(), "gdsf": Gdsf()}
+
+
+def _smallest(pool: Sequence[Holder], view: View) -> list[Holder] | None:
+    """Take from the front until it fits, and leave out whom that does not need."""
+    chosen = _without_needless(_until_it_fits(pool, view), view)
+    if chosen is not None and len(chosen) > view.max_evictions:
+        large_first = sorted(pool, key=lambda holder: -sum(holder.gain_mib.values()))
+        chosen = _without_needless(_until_it_fits(large_first, view), view)
+    if chosen is None or len(chosen) > view.max_evictions:
+        return None
+    return chosen
+
+
+def _until_it_fits(pool: Sequence[Holder], view: View) -> list[Holder] | None:
+    chosen: list[Holder] = []
+    for holder in pool:
+        missing = view.missing_mib(chosen)
+        if not missing:
+            return chosen
+        if any(holder.gain_mib.get(gpu, 0) > 0 for gpu in missing):
+            chosen.append(holder)
+    return None if view.missing_mib(chosen) else chosen
+
+
+def _without_needless(chosen: list[Holder] | None, view: View) -> list[Holder] | None:
+    """Spare the ones chosen last first: they are the ones that should rather stay."""
+    if chosen is None:
+        return None
+    for holder in reversed(chosen):
+        rest = [other for other in chosen if other is not holder]
+        if not view.missing_mib(rest):
+            chosen = rest
+    return chosen

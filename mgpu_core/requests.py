@@ -1,0 +1,133 @@
+"""Events of a request: it comes, its client goes, its work ends."""
+
+from mgpu_core.draft import Draft
+from mgpu_core.events import Cancel, Request, ServeDone
+from mgpu_core.memory import can_never_fit, promise_taken
+from mgpu_core.state import ConsumerState, Phase, RequestState, Residency, Source
+from mgpu_core.transitions import Cause
+
+
+def on_request(d: Draft, event: Request) -> None:
+    """Admission: whatever can be refused is refused before a byte is answered."""
+    if event.request in d.requests:
+        d.note("Ignored", request=event.request, what="Request", because="its id is in use")
+        return
+    if _refused(d, event):
+        return
+    d.arrivals += 1
+    priority = event.priority
+    deadline = d.at + d.config.queue_timeout_us
+    d.admit(
+        RequestState(
+            request=event.request,
+            consumer=event.consumer,
+            kind=event.kind,
+            priority=d.consumer(event.consumer).priority if priority is None else priority,
+            arrival=d.arrivals,
+            at=d.at,
+            deadline=deadline if event.deadline is None else min(deadline, event.deadline),
+        )
+    )
+
+
+def _refused(d: Draft, event: Request) -> bool:
+    name, consumer = event.consumer, d.known(event.consumer)
+
+    def refuse(code: str, message: str, *, retryable: bool, retry_us: int | None = None) -> bool:
+        d.refuse(
+            event.request,
+            code,
+            message,
+            consumer=name if consumer else None,
+            retryable=retryable,
+            retry_after_us=retry_us,
+        )
+        return True
+
+    if consumer is None or name in d.retired:
+        return refuse("no_consumer", f"there is no consumer named {name}", retryable=False)
+    if d.draining or d.stopping:
+        return refuse("shutting_down", "the broker takes no new work", retryable=True)
+    state = d.consumers[name]
+    if is_unreachable(state) and not consumer.startable:
+        why = f"{name} does not answer its health probe ({state.probe_error})"
+        retry_us = d.config.probe_interval_us
+        return refuse("consumer_unreachable", why, retryable=True, retry_us=retry_us)
+    cooldown = state.load_cooldown
+    if cooldown and d.at < cooldown.until and state.residency is not Residency.RESIDENT:
+        why = f"{name} failed to load {cooldown.failures} times in a row"
+        return refuse("load_failed", why, retryable=True, retry_us=cooldown.until - d.at)
+    pending = d.waiting.get(name, 0) + d.serving.get(name, 0)
+    if pending >= consumer.max_pending + _operator_loads(d, name):
+        why = f"{name} has {pending} requests waiting or served, which is its limit"
+        retry_us = d.counters.last_run_us or 1_000_000
+        return refuse("overloaded", why, retryable=True, retry_us=retry_us)
+    if state.residency is not Residency.RESIDENT and (never := can_never_fit(d, name)):
+        return refuse("insufficient_vram", never, retryable=False)
+    return False
+
+
+def _operator_loads(d: Draft, name: str) -> int:
+    return 1 if operator_id(name) in d.requests else 0
+
+
+def operator_id(consumer: str) -> str:
+    """Give the id of the request without a client that brings a consumer in; one at a time."""
+    return f"load/{consumer}"
+
+
+def is_unreachable(state: ConsumerState) -> bool:
+    return state.healthy is False
+
+
+def on_cancel(d: Draft, event: Cancel) -> None:
+    """Take it out of wherever it waits; what is being served ends by its `ServeDone` alone."""
+    request = d.requests.get(event.request)
+    if request is None:
+        d.note("Ignored", request=event.request, what="Cancel", because="it is not known")
+    elif request.phase is Phase.SERVING:
+        d.note("Ignored", request=event.request, what="Cancel", because="it is being served")
+    else:
+        d.drop(event.request)
+        waited = d.at - request.at
+        d.note("Cancelled", request=request.request, consumer=request.consumer, waited_us=waited)
+
+
+def on_serve_done(d: Draft, event: ServeDone) -> None:
+    request = d.requests.get(event.request)
+    if request is None or request.phase is not Phase.SERVING:
+        d.note("Ignored", request=event.request, what="ServeDone", because="it is not served")
+        return
+    d.end_serving(event.request)
+    name, state = request.consumer, d.consumers[request.consumer]
+    d.last_work = d.at
+    ran_us = d.at - (request.granted or d.at)
+    d.counters = d.counters.ran(ran_us)
+    changes: dict[str, object] = {
+        "touched": d.at,
+        "last_done": d.at,
+        "idle_since": None if name in d.serving else d.at,
+    }
+    if event.outcome == "ok":
+        changes |= {"last_used": d.at, "uses": state.uses + 1, "credit": _credit(d, name)}
+    if state.starter == event.request:
+        changes["starter"] = None
+        promise_taken(d, name)
+        if event.outcome != "ok" and state.residency is Residency.RESIDENT:
+            d.move(name, Cause.COLD_START_FAILED, Source.ASSUMED, uncertain="load")
+            d.give_up_promise(name)
+    d.update(name, **changes)
+    d.note(
+        "Served",
+        request=event.request,
+        consumer=name,
+        outcome=event.outcome,
+        ran_us=ran_us,
+    )
+
+
+def _credit(d: Draft, name: str) -> int:
+    """Frequency times the cost of a load by its size, on top of the age of the cache (gdsf)."""
+    consumer, state = d.consumer(name), d.consumers[name]
+    size_mib = max(1, state.measured_mib or sum(consumer.vram_mib.values()))
+    return d.age + (state.uses + 1) * (state.load_us or 1_000_000) // size_mib

@@ -1,0 +1,191 @@
+"""The scheduler: one event in, the next state, effects and notes out.
+
+A request's way, numbered as in the decision tree of `walk.py`: 1 admission (`requests.py`), 2 join,
+3 serve, 4 and 5 wait, 6 start a swap (`swaps.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attrs import frozen
+
+from mgpu_core import beliefs, events, operator, requests, swaps, walk
+from mgpu_core.config import Config, in_order
+from mgpu_core.draft import Draft
+from mgpu_core.effects import Effect, Probe, WakeAt
+from mgpu_core.events import Event, SwapDone, UnloadDone
+from mgpu_core.memory import GOOD_INTERVALS
+from mgpu_core.notes import Note
+from mgpu_core.planners import Planner
+from mgpu_core.state import Operation, Phase, State, SwapPhase, initial_state
+
+
+@frozen
+class Transition:
+    """What a step gives: the next state, what is to be done, and why."""
+
+    state: State
+    effects: tuple[Effect, ...]
+    notes: tuple[Note, ...]
+
+
+class Scheduler:
+    """Pure: the same state and event give the same transition, on any machine, at any time.
+
+    `planner` None: the built-in one that the configuration names.
+    """
+
+    def __init__(self, config: Config, planner: Planner | None = None) -> None:
+        self._config = in_order(config)
+        self._planner = planner
+
+    def initial(self) -> State:
+        """Give the state before the first event."""
+        return initial_state(self._config)
+
+    def step(self, state: State, event: Event) -> Transition:
+        """Take one event. Whatever it holds, this never raises: odd input leaves a note."""
+        d = Draft(state, event.at, self._planner)
+        HANDLERS[type(event)](d, event)
+        give_up_overdue(d)
+        settle(d)
+        set_alarm(d)
+        return Transition(d.close(), tuple(d.effects), tuple(d.notes))
+
+
+def settle(d: Draft) -> None:
+    """Let everything happen that can happen now; each round ends something, so this ends."""
+    rounds = 8 * (len(d.requests) + len(d.consumers)) + 32
+    for _ in range(rounds):
+        d.again = False
+        swaps.advance_all(d)
+        walk.serve_arrived(d)
+        walk.give_up_unclaimed(d)
+        operator.leave(d)
+        operator.unload_idle(d)
+        if not d.stopping:
+            walk.walk(d)
+        if not d.again:
+            walk.expire(d)
+        if not d.again:
+            operator.load_by_itself(d)
+        if not d.again:
+            operator.retire(d)
+            return
+    raise AssertionError(f"the step at {d.at} does not come to rest")
+
+
+# ---------------------------------------------------------------------------- single events
+
+
+def on_unload_done(d: Draft, event: UnloadDone) -> None:
+    operation = _operation(d, event.consumer)
+    if operation is None or operation.kind != "unload" or operation.epoch != event.epoch:
+        d.note("Ignored", consumer=event.consumer, what="UnloadDone", because="old epoch")
+        return
+    swaps.unloaded(d, event.consumer, event.error)
+
+
+def on_swap_done(d: Draft, event: SwapDone) -> None:
+    operation = _operation(d, event.consumer)
+    if operation is None or operation.kind != "load" or operation.epoch != event.epoch:
+        d.note("Ignored", consumer=event.consumer, what="SwapDone", because="old epoch")
+        if event.consumer in d.consumers:
+            d.do(Probe(consumer=event.consumer))  # a load that was given up has ended after all
+        return
+    swaps.loaded(d, event.consumer, event.error)
+
+
+def _operation(d: Draft, name: str) -> Operation | None:
+    state = d.consumers.get(name)
+    return state.operation if state else None
+
+
+def give_up_overdue(d: Draft) -> None:
+    """Take a completion that does not come for a failure."""
+    for name, state in list(d.consumers.items()):
+        operation = state.operation
+        if operation is None or d.at < operation.deadline:
+            continue
+        if operation is not d.consumers[name].operation:
+            continue  # it ended with its server just now
+        ended = swaps.loaded if operation.kind == "load" else swaps.unloaded
+        ended(d, name, "timeout")
+
+
+def on_drain(d: Draft, _event: events.Drain) -> None:
+    d.draining = True
+    d.note("Draining")
+
+
+def on_resume(d: Draft, _event: events.Resume) -> None:
+    if d.stopping:
+        d.note("Ignored", what="Resume", because="the broker is shutting down")
+        return
+    d.draining = False
+    d.note("Resumed")
+
+
+def on_shutdown(d: Draft, _event: events.Shutdown) -> None:
+    operator.on_shutdown(d)
+
+
+def on_tick(d: Draft, _event: events.Tick) -> None:
+    """Nothing but time passed, which every step looks at anyway."""
+
+
+Handler = Callable[[Draft, Any], None]
+
+HANDLERS: Mapping[type, Handler] = {
+    events.Started: operator.on_started,
+    events.Request: requests.on_request,
+    events.Cancel: requests.on_cancel,
+    events.ServeDone: requests.on_serve_done,
+    events.UnloadDone: on_unload_done,
+    events.SwapDone: on_swap_done,
+    events.Unload: operator.on_unload,
+    events.Load: operator.on_load,
+    events.GpuSample: beliefs.on_sample,
+    events.ProbeResult: beliefs.on_probe,
+    events.Pin: operator.on_pin,
+    events.Reconfigured: operator.on_reconfigured,
+    events.Tick: on_tick,
+    events.Drain: on_drain,
+    events.Resume: on_resume,
+    events.Shutdown: on_shutdown,
+}
+
+
+# ------------------------------------------------------------------------------------ alarms
+
+
+def set_alarm(d: Draft) -> None:
+    """Ask to be woken when time alone will change something."""
+    times = [time for time in _deadlines(d) if time > d.at]
+    wake = min(times, default=None)
+    if wake is not None and wake != d.wake:
+        d.do(WakeAt(time=wake))
+    d.wake = wake
+
+
+def _deadlines(d: Draft) -> list[int]:
+    times = [r.deadline for r in d.requests.values() if r.phase is not Phase.SERVING]
+    waiting = bool(times)
+    for name, state in d.consumers.items():
+        if state.operation is not None:
+            times.append(state.operation.deadline)
+        if (idle := operator.idle_due(d, name)) is not None:
+            times.append(idle)
+        if waiting and state.unload_cooldown is not None:
+            times.append(state.unload_cooldown.until)
+        if (waiting or state.leaving) and state.busy_seen is not None:
+            times.append(state.busy_seen + 2 * d.config.probe_interval_us + 1)
+    for swap in d.swaps.values():
+        if swap.phase is SwapPhase.SETTLING:
+            times += [time for time in (swap.settle_until, swap.sample_at) if time is not None]
+    if waiting:
+        stale_us = GOOD_INTERVALS * d.config.poll_interval_us + 1
+        times += [card.taken + stale_us for card in d.cards.values()]
+    if (restore := operator.restore_at(d)) is not None:
+        times.append(restore)
+    return times

@@ -1,0 +1,366 @@
+"""The scheduling pass: what every waiting request may do now, in the order of the queue."""
+
+from attrs import evolve, frozen
+
+from mgpu_core import swaps
+from mgpu_core.config import Consumer
+from mgpu_core.draft import Draft
+from mgpu_core.memory import (
+    cooling_down,
+    cushion_mib,
+    free_mib,
+    gain_mib,
+    may_be_evicted,
+    need_mib,
+    promise_granted,
+)
+from mgpu_core.notes import Reason, Why
+from mgpu_core.state import Phase, RequestState, Residency, Source
+from mgpu_core.transitions import Cause
+
+# What no holding back of others can end: who waits for it holds nobody back.
+BEYOND_HELP = frozenset({Why.UNFIT, Why.COOLDOWN, Why.VICTIM_BUSY})
+
+
+@frozen
+class Fence:
+    """A promoted request that still waits, and what it needs that others must not take."""
+
+    request: str
+    consumer: str
+    needs_slot: bool
+    needs_memory: bool
+
+
+def walk(d: Draft) -> None:
+    """Look at every queued request once; what can move on does, what can't learns why.
+
+    A request of a consumer whose earlier one had to stay need not be looked at again: nothing in
+    a walk comes free, it is only taken. Whatever does free something asks for another walk.
+    """
+    fences: list[Fence] = []
+    stuck: dict[str, Reason] = {}
+    for name in d.order():
+        if d.again:
+            return
+        request = d.requests[name]
+        reason = stuck.get(request.consumer)
+        if reason is None or (request.owed and reason.why is Why.PROMOTED_AHEAD):
+            reason = _attend(d, request, fences)
+        if reason is None:
+            continue
+        stuck[request.consumer] = reason
+        d.why(name, reason)
+        if reason.why not in BEYOND_HELP and d.is_promoted(name):
+            fences.append(_fence(d, request))
+
+
+def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | None:
+    """Decide on one request: the tree of core.md section 3. None: it moved on; else why not."""
+    name = request.consumer
+    consumer, state = d.consumer(name), d.consumers[name]
+    ahead = None if request.owed else _held_back(d, consumer, fences)
+    if state.leaving:
+        return Reason(why=Why.LEAVING)
+    # 2. A swap to the same consumer is under way: join it.
+    if name in d.swaps:
+        if ahead:
+            return ahead
+        d.join(request.request)
+        d.why(request.request, Reason(why=Why.SWAP, who=d.swaps[name].victims))
+        return None
+    if state.operation is not None:
+        return Reason(why=Why.UNLOADING)
+    # 3. It is in, or may be started, and nothing has to go for it: serve.
+    victims = () if state.cleared else swaps.plan(d, name)
+    if victims == () and may_serve(d, name):
+        if request.operator is not None:
+            d.drop(request.request)
+            return None
+        reason = _wanted_elsewhere(d, name) or no_room(d, consumer) or ahead
+        if reason is None:
+            grant(d, request.request)
+        return reason
+    return _bring_in(d, request, victims, ahead)
+
+
+def _bring_in(
+    d: Draft, request: RequestState, victims: tuple[str, ...] | None, ahead: Reason | None
+) -> Reason | None:
+    """Start the swap that a request needs, or say why not yet."""
+    name = request.consumer
+    if request.only_if_free and victims != ():
+        d.drop(request.request)
+        d.note("NotLoaded", consumer=name, because="there is no free memory for it")
+        return None
+    if victims is None:
+        missing = _no_set(d, name)
+        if missing.why is not Why.UNFIT or d.config.when_unfit == "wait":
+            return missing
+        if d.config.when_unfit == "reject":
+            d.reject(request.request, "insufficient_vram", unfit_message(d, name, missing))
+            return None
+        d.note("Admitted", consumer=name, because="when_unfit", numbers=missing.numbers)
+        victims = ()
+    # 4. and 5. Its swap would collide with another, or a victim can't go yet.
+    reason = swaps.in_the_way(d, name, victims) or _no_overlap(d, d.consumer(name)) or ahead
+    if reason is not None:
+        return reason
+    # 6. Start it. The request joins before the swap moves on.
+    swaps.start(d, name, victims, restore=request.operator in {"preload", "restore"})
+    d.join(request.request)
+    d.why(request.request, Reason(why=Why.SWAP, who=victims))
+    d.again = d.again or not victims
+    swaps.advance_all(d)
+    return None
+
+
+def may_serve(d: Draft, name: str) -> bool:
+    return d.consumers[name].residency is Residency.RESIDENT or d.consumers[name].cleared
+
+
+def grant(d: Draft, request: str) -> None:
+    """Serve a request; the first of a lazy consumer is what takes its memory."""
+    name = d.requests[request].consumer
+    state, promise = d.consumers[name], d.promises.get(name)
+    untouched = promise is not None and promise.granted is None
+    if state.cleared or (d.consumer(name).lazy and untouched):
+        promise_granted(d, name)
+        d.update(name, starter=request, cleared=False, leaky_mib=None)
+        if state.residency is not Residency.RESIDENT:
+            d.move(name, Cause.COLD_STARTED, Source.ASSUMED)
+    d.grant(request)
+
+
+def no_room(d: Draft, consumer: Consumer) -> Reason | None:
+    """Say which limit keeps one more request of it from being served now."""
+    serving = d.serving.get(consumer.name, 0)
+    if serving >= consumer.max_concurrency:
+        return Reason(why=Why.CONSUMER_FULL, who=(consumer.name,))
+    if consumer.server_concurrency is not None:
+        others = {one: d.serving[one] for one in d.siblings(consumer.name) if one in d.serving}
+        if serving + sum(others.values()) >= consumer.server_concurrency:
+            return Reason(why=Why.CONSUMER_FULL, who=tuple(sorted(others)))
+    if not consumer.gpu_slot or serving:
+        return None
+    for gpu in consumer.vram_mib:
+        settings = d.config.gpus.get(gpu)
+        if settings is None or settings.max_parallel is None:
+            continue
+        holders = slot_holders(d, gpu)
+        if len(holders) >= settings.max_parallel:
+            return Reason(why=Why.SLOT, who=holders)
+    if not d.config.overlap_loads:
+        loading = sorted(
+            name
+            for name in d.swaps
+            if not d.consumer(name).vram_mib.keys().isdisjoint(consumer.vram_mib.keys())
+        )
+        if loading:
+            return Reason(why=Why.NO_OVERLAP, who=tuple(loading))
+    return None
+
+
+def slot_holders(d: Draft, gpu: int) -> tuple[str, ...]:
+    """Give who is at work in a slot of a card."""
+    return tuple(
+        sorted(
+            name
+            for name in d.serving
+            if d.consumer(name).gpu_slot and gpu in d.consumer(name).vram_mib
+        )
+    )
+
+
+def _wanted_elsewhere(d: Draft, name: str) -> Reason | None:
+    """A swap under way counts on its going."""
+    wanting = sorted(swap.target for swap in d.swaps.values() if name in swap.victims)
+    return Reason(why=Why.COLLISION, who=tuple(wanting)) if wanting else None
+
+
+def _no_overlap(d: Draft, consumer: Consumer) -> Reason | None:
+    """On cards that can't load beside work, a swap waits until they are quiet."""
+    if d.config.overlap_loads:
+        return None
+    at_work = {name for gpu in consumer.vram_mib for name in slot_holders(d, gpu)}
+    swapping = {
+        name
+        for name in d.swaps
+        if not d.consumer(name).vram_mib.keys().isdisjoint(consumer.vram_mib.keys())
+    }
+    if at_work or swapping:
+        return Reason(why=Why.NO_OVERLAP, who=tuple(sorted(at_work | swapping)))
+    return None
+
+
+# --------------------------------------------------------------------------------------- no set
+
+
+def _no_set(d: Draft, name: str) -> Reason:
+    """The planner knows no set: say what stands in the way, and whether it will pass."""
+    numbers: dict[str, int] = {}
+    beyond_cooldowns = beyond_all = False
+    needs = need_mib(d.consumer(name), d.consumers[name])
+    for gpu, need in needs.items():
+        free = free_mib(d, name, gpu)
+        if free is None:
+            continue
+        now, later = _attainable_mib(d, name, gpu)
+        wanted = need + cushion_mib(d, gpu)
+        beyond_cooldowns = beyond_cooldowns or free + now < wanted
+        beyond_all = beyond_all or free + later < wanted
+        numbers |= {"gpu": gpu, "need_mib": need, "cushion_mib": wanted - need, "free_mib": free}
+    under_way = _under_way(d, name)
+    if beyond_all or not (beyond_cooldowns or under_way):
+        return Reason(why=Why.UNFIT, who=_holders(d, name), numbers=numbers)
+    if beyond_cooldowns:
+        cooling = tuple(sorted(other for other in d.consumers if cooling_down(d, other)))
+        return Reason(why=Why.COOLDOWN, who=cooling, numbers=numbers)
+    return Reason(why=Why.MEMORY, who=under_way, numbers=numbers)
+
+
+def _attainable_mib(d: Draft, target: str, gpu: int) -> tuple[int, int]:
+    """What could come free on a card at best: without who cools down, and with."""
+    now = later = 0
+    beside = d.consumer(target).can_coexist_with
+    for name in d.consumers:
+        if name == target:
+            continue
+        consumer, promise = d.consumer(name), d.promises.get(name)
+        if promise is not None and not consumer.vram_managed:
+            # It is not there yet: what it will hold can be had, or the promise be given up.
+            now += promise.mib.get(gpu, 0)
+            later += promise.mib.get(gpu, 0)
+        elif d.consumers[name].operation is not None or (
+            name not in beside and may_be_evicted(d, name)
+        ):
+            now += gain_mib(d, name, gpu)
+            later += gain_mib(d, name, gpu)
+        elif name not in beside and cooling_down(d, name):
+            later += gain_mib(d, name, gpu)
+    return now, later
+
+
+def _under_way(d: Draft, target: str) -> tuple[str, ...]:
+    """Give who loads, unloads or has memory promised on the target's cards."""
+    cards = d.consumer(target).vram_mib.keys()
+    return tuple(
+        sorted(
+            name
+            for name, state in d.consumers.items()
+            if name != target
+            and (name in d.promises or name in d.swaps or state.operation is not None)
+            and not cards.isdisjoint(d.consumer(name).vram_mib.keys())
+        )
+    )
+
+
+def _holders(d: Draft, target: str) -> tuple[str, ...]:
+    """Give who holds memory on the target's cards, others than ours included."""
+    needs = need_mib(d.consumer(target), d.consumers[target])
+    ours = sorted(
+        name
+        for name, state in d.consumers.items()
+        if name != target
+        and state.residency is not Residency.ABSENT
+        and not needs.keys().isdisjoint(d.consumer(name).vram_mib.keys())
+    )
+    foreign = any(gpu in d.cards and d.cards[gpu].foreign_mib for gpu in needs)
+    return (*ours, "(other processes)") if foreign else tuple(ours)
+
+
+def unfit_message(d: Draft, name: str, reason: Reason) -> str:
+    """Tell a client what is missing and who holds it."""
+    held = ", ".join(reason.who) or "nobody known"
+    numbers = reason.numbers
+    return (
+        f"{name} needs {numbers.get('need_mib', 0)} MiB on GPU {numbers.get('gpu', 0)}, "
+        f"{numbers.get('free_mib', 0)} MiB are free and cannot be made enough; held by: {held}"
+    )
+
+
+# --------------------------------------------------------------------------------------- fences
+
+
+def _fence(d: Draft, request: RequestState) -> Fence:
+    """What a promoted request still needs."""
+    consumer = d.consumer(request.consumer)
+    limited = any(
+        gpu in d.config.gpus and d.config.gpus[gpu].max_parallel is not None
+        for gpu in consumer.vram_mib
+    )
+    needs_memory = not may_serve(d, consumer.name) or swaps.plan(d, consumer.name) != ()
+    return Fence(
+        request=request.request,
+        consumer=consumer.name,
+        needs_slot=consumer.gpu_slot
+        and consumer.name not in d.serving
+        and (limited or (needs_memory and not d.config.overlap_loads)),
+        needs_memory=needs_memory,
+    )
+
+
+def _held_back(d: Draft, consumer: Consumer, fences: list[Fence]) -> Reason | None:
+    for fence in fences:
+        if _takes_from(d, consumer, fence):
+            return Reason(why=Why.PROMOTED_AHEAD, who=(fence.request,))
+    return None
+
+
+def _takes_from(d: Draft, consumer: Consumer, fence: Fence) -> bool:
+    """Would work of this consumer take a slot or memory that the promoted request needs?"""
+    promoted = d.consumer(fence.consumer)
+    if promoted.vram_mib.keys().isdisjoint(consumer.vram_mib.keys()):
+        return False
+    if consumer.name == promoted.name:
+        return True
+    if fence.needs_slot and consumer.gpu_slot:
+        return True
+    if not fence.needs_memory:
+        return False
+    if not may_serve(d, consumer.name):
+        return True
+    if not consumer.gpu_slot and any(other != consumer.name for other in d.serving):
+        return False  # the work that is served may be calling it
+    return may_be_evicted(d, consumer.name) and consumer.name not in promoted.can_coexist_with
+
+
+# ---------------------------------------------------------------------------------- end of waits
+
+
+def serve_arrived(d: Draft) -> None:
+    """Serve who waited in a swap that is over, before the walk and past promoted requests."""
+    arrived, d.arrived = d.arrived, []
+    for name in arrived:
+        consumer = d.consumer(d.requests[name].consumer)
+        free = may_serve(d, consumer.name) and not d.consumers[consumer.name].leaving
+        if free and not _wanted_elsewhere(d, consumer.name) and not no_room(d, consumer):
+            grant(d, name)
+
+
+def expire(d: Draft) -> None:
+    """End the waits whose time is over."""
+    late = [
+        name
+        for name, request in d.requests.items()
+        if request.phase is not Phase.SERVING and d.at >= request.deadline
+    ]
+    for name in late:
+        request, reason = d.requests[name], d.reasons.get(name)
+        waited_s = (d.at - request.at) // 1_000_000
+        who = ", ".join(reason.who) if reason and reason.who else request.consumer
+        what = reason.why.value if reason else "its turn"
+        d.reject(
+            name,
+            "queue_timeout",
+            f"waited {waited_s} s for {request.consumer}: {what} ({who})",
+        )
+
+
+def give_up_unclaimed(d: Draft) -> None:
+    """Nobody is left to cold-start a consumer for whom memory is set aside."""
+    for name, state in d.consumers.items():
+        if state.cleared and name not in d.waiting:
+            d.consumers[name] = evolve(state, cleared=False)
+            d.give_up_promise(name)
+            d.note("ColdStartGivenUp", consumer=name)

@@ -75,8 +75,8 @@ def _failed(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     if event.failure == "timeout" and (name in d.serving or event.taken <= state.last_done):
         d.note("Ignored", consumer=name, what="ProbeResult", because="it was at work for us")
         return
-    if state.operation is not None:
-        d.note("Ignored", consumer=name, what="ProbeResult", because="it loads or unloads")
+    if state.operation is not None or event.taken < state.moved:
+        d.note("Ignored", consumer=name, what="ProbeResult", because="it loaded or unloaded")
         return
     failures = state.probe_failures + 1
     d.update(name, probe_failures=failures)
@@ -87,7 +87,7 @@ def _failed(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     if not is_unreachable(state):
         d.note("Unreachable", consumer=name, error=event.error or event.failure)
         d.again = True
-    if refused and event.taken > state.touched:
+    if refused:
         d.update(name, refused=True, cleared=False, busy_seen=None)
         d.move(name, Cause.REFUSED, Source.PROBE)
         d.give_up_promise(name)

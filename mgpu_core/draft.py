@@ -5,8 +5,8 @@ keeps twice cannot come apart, and every effect and note passes through here.
 """
 
 from bisect import insort
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar, cast
 
 from attrs import evolve
 
@@ -27,6 +27,8 @@ from mgpu_core.state import (
     Swap,
 )
 from mgpu_core.transitions import RESIDENCY, SWAP, Cause, Turn
+
+T = TypeVar("T")
 
 
 class Draft:
@@ -68,9 +70,11 @@ class Draft:
         # Something came free or moved on, so that what was looked at before may have changed.
         self.again = False
         self.own_planner = planner
+        self._memo: dict[Hashable, object] = {}
         self.configure(state.config)
 
     def configure(self, config: Config) -> None:
+        self._memo.clear()
         self.config = config
         self.planner = self.own_planner or PLANNERS[config.eviction]
 
@@ -130,8 +134,12 @@ class Draft:
         return self.config.consumers[name]
 
     def update(self, name: str, **changes: Any) -> ConsumerState:
-        new = self.consumers[name] = evolve(self.consumers[name], **changes)
-        return new
+        return self.put_consumer(name, evolve(self.consumers[name], **changes))
+
+    def put_consumer(self, name: str, state: ConsumerState) -> ConsumerState:
+        self._memo.clear()
+        self.consumers[name] = state
+        return state
 
     def move(self, name: str, cause: Cause, source: Source, **changes: Any) -> None:
         """Change what is believed of a consumer's memory, along the table only."""
@@ -154,6 +162,25 @@ class Draft:
                 source=source.value,
             )
         self.update(name, residency=residency, source=source, **changes)
+
+    def present(self) -> tuple[str, ...]:
+        """Give, sorted, who may hold memory or has some set aside."""
+        return self.remember(
+            "present",
+            lambda: tuple(
+                name
+                for name, state in self.consumers.items()
+                if state.residency is not Residency.ABSENT
+                or name in self.swaps
+                or name in self.promises
+            ),
+        )
+
+    def remember(self, what: Hashable, make: Callable[[], T]) -> T:
+        """Make something about memory and work once, until any of that changes."""
+        if what not in self._memo:
+            self._memo[what] = make()
+        return cast("T", self._memo[what])
 
     def siblings(self, name: str) -> Iterator[str]:
         """Give the other consumers of its server."""
@@ -210,7 +237,7 @@ class Draft:
 
     def admit(self, request: RequestState) -> None:
         self.requests[request.request] = request
-        _count(self.waiting, request.consumer, 1)
+        self._count(self.waiting, request.consumer, 1)
         self._enqueue(request.request)
 
     def enqueue_again(self, name: str, *, owed: bool) -> None:
@@ -218,7 +245,7 @@ class Draft:
         request = self.requests[name]
         self.requests[name] = evolve(request, phase=Phase.QUEUED, owed=owed)
         if owed and not request.owed:
-            _count(self.owed, request.consumer, 1)
+            self._count(self.owed, request.consumer, 1)
         self._enqueue(name)
         self.again = True
 
@@ -236,8 +263,8 @@ class Draft:
         self._forget_wait(name)
         request = self.requests[name]
         self.requests[name] = evolve(request, phase=Phase.SERVING, granted=self.at)
-        _count(self.waiting, request.consumer, -1)
-        _count(self.serving, request.consumer, 1)
+        self._count(self.waiting, request.consumer, -1)
+        self._count(self.serving, request.consumer, 1)
         state = self.consumers[request.consumer]
         self.update(
             request.consumer,
@@ -260,14 +287,14 @@ class Draft:
         self._no_longer_owed(name)
         self._forget_wait(name)
         del self.requests[name]
-        _count(self.waiting, request.consumer, -1)
+        self._count(self.waiting, request.consumer, -1)
         self.again = True
         return request
 
     def end_serving(self, name: str) -> RequestState:
         request = self.requests.pop(name)
         assert request.phase is Phase.SERVING, f"{name} is not being served"
-        _count(self.serving, request.consumer, -1)
+        self._count(self.serving, request.consumer, -1)
         self.again = True
         return request
 
@@ -318,11 +345,11 @@ class Draft:
             )
         self.note("Rejected", request=name, consumer=consumer, code=code, message=message)
 
-    def why(self, name: str, reason: Reason) -> None:
-        """Note why a request waits, where that is news."""
+    def why(self, name: str, reason: Reason) -> Reason:
+        """Note why a request waits, where that is news; gives the reason as it is kept."""
         old = self.reasons.get(name)
         if old is reason or old == reason:
-            return
+            return old
         self.reasons[name] = reason
         request = self.requests[name]
         self.note(
@@ -334,6 +361,7 @@ class Draft:
             overtaken=self.overtaken.get(name, 0) + self.overtaken_high.get(name, 0),
             **reason.numbers,
         )
+        return reason
 
     def joined(self, target: str) -> list[str]:
         """Give who waits in the swap of this target, in queue order."""
@@ -359,17 +387,17 @@ class Draft:
             return False
         return self.overtaken[name] >= bound or self.overtaken_high[name] >= 2 * bound
 
-    def order(self) -> list[str]:
-        """Give the queue as it is walked: promoted ones first, the oldest of them before all."""
+    def order(self) -> tuple[list[str], list[str]]:
+        """Give the queue as it is walked: the promoted by age, then all others."""
         bound = self.config.overtake_bound
-        if bound is None:
-            return list(self.queue)
+        if bound is None or not self.queue:
+            return [], self.queue
+        if max(self.overtaken.values()) < bound and max(self.overtaken_high.values()) < 2 * bound:
+            return [], self.queue
         promoted = [name for name in self.queue if self.is_promoted(name)]
-        if not promoted:
-            return list(self.queue)
         promoted.sort(key=lambda name: self.requests[name].arrival)
         first = set(promoted)
-        return promoted + [name for name in self.queue if name not in first]
+        return promoted, [name for name in self.queue if name not in first]
 
     def _place(self, name: str) -> tuple[int, int]:
         request = self.requests[name]
@@ -391,7 +419,7 @@ class Draft:
     def _no_longer_owed(self, name: str) -> None:
         request = self.requests[name]
         if request.owed:
-            _count(self.owed, request.consumer, -1)
+            self._count(self.owed, request.consumer, -1)
             self.requests[name] = evolve(request, owed=False)
 
     def _count_overtakes(self, name: str) -> None:
@@ -400,20 +428,16 @@ class Draft:
         if overtaker.counted or overtaker.operator is not None:
             return
         cards = self.consumer(overtaker.consumer).vram_mib.keys()
-        if not cards:
-            return
+        beside = {one for one in self.waiting if self.consumer(one).vram_mib.keys() & cards}
+        bound = self.config.overtake_bound or 0
         for other in self.queue:
             waiting = self.requests[other]
-            if waiting.arrival >= overtaker.arrival:
+            if waiting.arrival >= overtaker.arrival or waiting.consumer not in beside:
                 continue
-            if cards.isdisjoint(self.consumer(waiting.consumer).vram_mib.keys()):
-                continue
-            counts = (
-                self.overtaken_high if overtaker.priority > waiting.priority else self.overtaken
-            )
-            was_promoted = self.is_promoted(other)
+            higher = overtaker.priority > waiting.priority
+            counts = self.overtaken_high if higher else self.overtaken
             counts[other] += 1
-            if self.is_promoted(other) and not was_promoted:
+            if counts[other] == (2 * bound if higher else bound):
                 self.again = True
                 self.note("Promoted", request=other, consumer=waiting.consumer)
 
@@ -423,20 +447,38 @@ class Draft:
         """Bring a swap on, along the table only."""
         phase = SWAP.get((swap.phase, turn))
         assert phase is not None, f"swap of {swap.target}: {swap.phase} knows no {turn}"
-        new = self.swaps[swap.target] = evolve(swap, phase=phase, **changes)
         self.again = True
-        return new
+        return self.put_swap(evolve(swap, phase=phase, **changes))
+
+    def put_swap(self, swap: Swap) -> Swap:
+        self._memo.clear()
+        self.swaps[swap.target] = swap
+        return swap
+
+    def drop_swap(self, swap: Swap) -> None:
+        self._memo.clear()
+        del self.swaps[swap.target]
+        self.again = True
+
+    def put_promise(self, name: str, promise: Promise) -> None:
+        self._memo.clear()
+        self.promises[name] = promise
 
     def give_up_promise(self, name: str) -> None:
         if self.promises.pop(name, None) is not None:
+            self._memo.clear()
             self.again = True
 
+    def put_card(self, gpu: int, card: Card) -> None:
+        self._memo.clear()
+        self.cards[gpu] = card
 
-def _count(counts: dict[str, int], name: str, by: int) -> None:
-    """Change a count; nobody stays in with zero."""
-    count = counts.get(name, 0) + by
-    assert count >= 0, f"{name}: a count fell below zero"
-    if count:
-        counts[name] = count
-    else:
-        counts.pop(name, None)
+    def _count(self, counts: dict[str, int], name: str, by: int) -> None:
+        """Change a count; nobody stays in with zero."""
+        self._memo.clear()
+        count = counts.get(name, 0) + by
+        assert count >= 0, f"{name}: a count fell below zero"
+        if count:
+            counts[name] = count
+        else:
+            counts.pop(name, None)

@@ -4,7 +4,7 @@ With a good sample a card says itself what is free; without one the static budge
 the operator gave, less what residents are believed to hold.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from attrs import evolve
 
@@ -88,7 +88,7 @@ def _static_free_mib(d: Draft, target: str, gpu: int) -> int | None:
         return None
     beside = d.consumer(target).can_coexist_with
     held = sum(
-        static_mib(d, name, gpu) for name in d.consumers if name != target and name not in beside
+        static_mib(d, name, gpu) for name in d.present() if name != target and name not in beside
     )
     settings, card = d.config.gpus.get(gpu), d.cards.get(gpu)
     reserved = settings.reserved_mib if settings else 0
@@ -191,22 +191,36 @@ def may_be_evicted(d: Draft, name: str) -> bool:
     )
 
 
+def alike(d: Draft, name: str) -> Hashable:
+    """Give a key that all consumers share who are the same to the accounting of memory."""
+    consumer, state = d.consumer(name), d.consumers[name]
+    if state.residency is not Residency.ABSENT or name in d.promises or name in d.swaps:
+        return name
+    needs = tuple(need_mib(consumer, state).items())
+    return (needs, tuple(consumer.vram_mib), consumer.can_coexist_with)
+
+
 def view_for(d: Draft, target: str, *, max_evictions: int) -> View:
     """Make what a planner may know for one target."""
-    consumer = d.consumer(target)
-    needs = need_mib(consumer, d.consumers[target])
-    running = [
-        name
-        for name, state in d.consumers.items()
-        if name in d.swaps or state.residency not in {Residency.ABSENT, Residency.UNKNOWN}
-    ]
+    consumer, state = d.consumer(target), d.consumers[target]
+    needs = need_mib(consumer, state)
+    holders = d.remember("holders", lambda: {name: _holder(d, name) for name in d.present()})
     return View(
-        running=tuple(sorted(running)),
-        holders={name: _holder(d, name) for name in sorted(d.consumers)},
+        running=d.remember("running", lambda: _running(d)),
+        holders=holders,
+        resident=state.residency is Residency.RESIDENT,
         need_mib={gpu: need + cushion_mib(d, gpu) for gpu, need in needs.items()},
         free_mib={gpu: free_mib(d, target, gpu) for gpu in needs},
         protected=consumer.can_coexist_with,
         max_evictions=max_evictions,
+    )
+
+
+def _running(d: Draft) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name in d.present()
+        if name in d.swaps or d.consumers[name].residency is not Residency.UNKNOWN
     )
 
 
@@ -239,7 +253,7 @@ def promise_for(d: Draft, target: str) -> None:
     state = d.consumers[target]
     needs = need_mib(d.consumer(target), state)
     if needs and state.residency is not Residency.RESIDENT:
-        d.promises[target] = Promise(mib=needs)
+        d.put_promise(target, Promise(mib=needs))
 
 
 def promise_taken(d: Draft, name: str) -> None:
@@ -248,7 +262,7 @@ def promise_taken(d: Draft, name: str) -> None:
     if promise is None:
         return
     if any(good_card(d, gpu) is not None for gpu in promise.mib):
-        d.promises[name] = evolve(promise, done=d.at)
+        d.put_promise(name, evolve(promise, done=d.at))
     else:
         d.give_up_promise(name)
 
@@ -258,7 +272,7 @@ def promise_granted(d: Draft, name: str) -> None:
     promise = d.promises.get(name)
     if promise is not None:
         used = {gpu: card.used_mib for gpu in promise.mib if (card := good_card(d, gpu))}
-        d.promises[name] = evolve(promise, granted=d.at, used_before_mib=used)
+        d.put_promise(name, evolve(promise, granted=d.at, used_before_mib=used))
 
 
 def take_sample(d: Draft, sample: GpuSample) -> None:
@@ -273,12 +287,15 @@ def take_sample(d: Draft, sample: GpuSample) -> None:
         if old is not None and taken < old.taken:
             d.note("Ignored", what="GpuSample", because="older than the last one")
             continue
-        d.cards[reading.index] = Card(
-            total_mib=reading.total_mib,
-            used_mib=reading.used_mib,
-            free_mib=reading.free_mib,
-            taken=taken,
-            foreign_mib=_foreign_mib(d, reading.index, reading.used_mib, old),
+        d.put_card(
+            reading.index,
+            Card(
+                total_mib=reading.total_mib,
+                used_mib=reading.used_mib,
+                free_mib=reading.free_mib,
+                taken=taken,
+                foreign_mib=_foreign_mib(d, reading.index, reading.used_mib, old),
+            ),
         )
     for name, promise in sorted(d.promises.items()):
         if all(_shown_as_taken(d, promise, gpu, need) for gpu, need in promise.mib.items()):

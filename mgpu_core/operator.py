@@ -43,7 +43,7 @@ def on_started(d: Draft, event: Started) -> None:
         held.clear()
     for name, state in d.consumers.items():
         fresh = evolve(first_belief(d.consumer(name)), idle_since=d.at)
-        d.consumers[name] = state.over_a_restart(fresh)
+        d.put_consumer(name, state.over_a_restart(fresh))
     d.counters = d.counters or Counters()
     d.sample_error = None
     d.last_work = d.at

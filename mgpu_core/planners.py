@@ -48,7 +48,10 @@ class View:
 
     # Resident, loading, unloading, and targets of swaps, sorted.
     running: tuple[str, ...]
+    # Everybody who may hold memory: the running ones, and those of whom nobody knows.
     holders: Mapping[str, Holder]
+    # The target is in already.
+    resident: bool
     # What the target needs by card, cushion included; empty: nothing has to go for it.
     need_mib: Mapping[int, int]
     # What it could have now, less what is promised to others; None: no limit is known.
@@ -93,7 +96,7 @@ class Lru:
         return (-1 if holder.last_used is None else holder.last_used, 0, holder.name)
 
     def victims(self, target: str, view: View) -> tuple[str, ...] | None:
-        if view.holders[target].residency is Residency.RESIDENT or not view.missing_mib():
+        if view.resident or not view.missing_mib():
             return ()
         candidates = sorted(view.candidates(target), key=self.order)
         idle = [holder for holder in candidates if holder.idle]

@@ -6,6 +6,7 @@ from mgpu_core.config import SECOND_US
 from mgpu_core.draft import Draft
 from mgpu_core.effects import Probe, SampleGpu
 from mgpu_core.memory import (
+    alike,
     at_work,
     cooling_down,
     gain_mib,
@@ -36,9 +37,21 @@ SETTLE_POLL_US = SECOND_US // 4
 
 def plan(d: Draft, target: str) -> tuple[str, ...] | None:
     """Ask the planner who has to go; within a swap, for what it may still unload."""
+    if d.own_planner is not None:
+        return _ask(d, target)
+    # The built-in ones name nobody for a resident, and the same for all that are alike.
+    if d.consumers[target].residency is Residency.RESIDENT:
+        return ()
+    return d.remember(("plan", alike(d, target)), lambda: _ask(d, target))
+
+
+def _ask(d: Draft, target: str) -> tuple[str, ...] | None:
     swap = d.swaps.get(target)
     left = d.config.max_evictions - (len(swap.evicted) if swap else 0)
-    return d.planner.victims(target, view_for(d, target, max_evictions=left))
+    victims = d.planner.victims(target, view_for(d, target, max_evictions=left))
+    if victims is None:
+        return None
+    return tuple(name for name in dict.fromkeys(victims) if name != target)
 
 
 def in_the_way(d: Draft, target: str, victims: tuple[str, ...]) -> Reason | None:
@@ -55,6 +68,10 @@ def in_the_way(d: Draft, target: str, victims: tuple[str, ...]) -> Reason | None
     )
     if colliding:
         return Reason(why=Why.COLLISION, who=tuple(colliding))
+    return d.remember(("going", victims), lambda: _not_yet(d, victims))
+
+
+def _not_yet(d: Draft, victims: tuple[str, ...]) -> Reason | None:
     going = [one for name in victims for one in (name, *stops_with(d, name)) if one in d.consumers]
     holding = [name for name in going if d.consumers[name].residency is not Residency.ABSENT]
     if forbidden := [name for name in holding if _forbidden(d, name)]:
@@ -76,7 +93,9 @@ def _forbidden(d: Draft, name: str) -> bool:
 def start(d: Draft, target: str, victims: tuple[str, ...], *, restore: bool = False) -> None:
     """Begin a swap (rule 6): set its memory aside and send the victims out."""
     epoch = d.next_epoch()
-    d.swaps[target] = Swap(target=target, epoch=epoch, since=d.at, victims=victims, restore=restore)
+    swap = d.put_swap(
+        Swap(target=target, epoch=epoch, since=d.at, victims=victims, restore=restore)
+    )
     d.update(target, touched=d.at)
     promise_for(d, target)
     needs = need_mib(d.consumer(target), d.consumers[target])
@@ -88,7 +107,7 @@ def start(d: Draft, target: str, victims: tuple[str, ...], *, restore: bool = Fa
         need_mib={str(gpu): need for gpu, need in needs.items()},
         free_mib={str(gpu): card.free_mib for gpu in needs if (card := good_card(d, gpu))},
     )
-    _evict(d, d.swaps[target], victims)
+    _evict(d, swap, victims)
 
 
 def _evict(d: Draft, swap: Swap, victims: tuple[str, ...]) -> None:
@@ -105,11 +124,13 @@ def _evict(d: Draft, swap: Swap, victims: tuple[str, ...]) -> None:
         before = {gpu: card.free_mib for gpu, card in cards.items()} | before
         evicted.append(name)
         d.start_unload(name, swap.epoch, because=f"swap of {swap.target}")
-    d.swaps[swap.target] = evolve(
-        d.swaps[swap.target],
-        evicted=tuple(evicted),
-        expected_mib=expected,
-        free_before_mib=before,
+    d.put_swap(
+        evolve(
+            swap,
+            evicted=tuple(evicted),
+            expected_mib=expected,
+            free_before_mib=before,
+        )
     )
 
 
@@ -165,7 +186,7 @@ def _settle(d: Draft, swap: Swap) -> bool:
     if d.at < swap.settle_until and not nothing_to_see:
         if swap.sample_at is None or d.at >= swap.sample_at:
             d.do(SampleGpu())
-            d.swaps[swap.target] = evolve(swap, sample_at=d.at + SETTLE_POLL_US)
+            d.put_swap(evolve(swap, sample_at=d.at + SETTLE_POLL_US))
         return False
     if swap.failed:
         return _plan_anew(d, swap, because="an unload failed")
@@ -258,9 +279,8 @@ def abandon(d: Draft, swap: Swap) -> None:
 
 
 def _forget(d: Draft, swap: Swap) -> None:
-    del d.swaps[swap.target]
+    d.drop_swap(swap)
     d.update(swap.target, touched=d.at)
-    d.again = True
 
 
 # ------------------------------------------------------------------------------------ completions
@@ -324,9 +344,14 @@ def unloaded(d: Draft, name: str, error: str | None) -> None:
         _one_unloaded(d, one, error)
     for swap in list(d.swaps.values()):
         if swap.epoch == operation.epoch:
-            d.swaps[swap.target] = evolve(
-                swap, unloaded=d.at, failed=swap.failed or error is not None
-            )
+            d.put_swap(_after_unload(d, swap, together, error))
+
+
+def _after_unload(d: Draft, swap: Swap, names: list[str], error: str | None) -> Swap:
+    if error is None:
+        return evolve(swap, unloaded=d.at)
+    expected = {name: mib for name, mib in swap.expected_mib.items() if name not in names}
+    return evolve(swap, unloaded=d.at, failed=True, expected_mib=expected)
 
 
 def _one_unloaded(d: Draft, name: str, error: str | None) -> None:

@@ -1,11 +1,12 @@
 """The scheduling pass: what every waiting request may do now, in the order of the queue."""
 
-from attrs import evolve, frozen
+from attrs import frozen
 
 from mgpu_core import swaps
 from mgpu_core.config import Consumer
 from mgpu_core.draft import Draft
 from mgpu_core.memory import (
+    alike,
     cooling_down,
     cushion_mib,
     free_mib,
@@ -40,19 +41,29 @@ def walk(d: Draft) -> None:
     """
     fences: list[Fence] = []
     stuck: dict[str, Reason] = {}
-    for name in d.order():
+    promoted, others = d.order()
+    for name in promoted:
+        reason = _look(d, name, fences, stuck)
         if d.again:
             return
-        request = d.requests[name]
-        reason = stuck.get(request.consumer)
-        if reason is None or (request.owed and reason.why is Why.PROMOTED_AHEAD):
-            reason = _attend(d, request, fences)
+        if reason is not None and reason.why not in BEYOND_HELP:
+            fences.append(_fence(d, d.requests[name]))
+    for name in tuple(others):
+        _look(d, name, fences, stuck)
+        if d.again:
+            return
+
+
+def _look(d: Draft, name: str, fences: list[Fence], stuck: dict[str, Reason]) -> Reason | None:
+    """Let one request move on, or note why it can't; `stuck` says so of whole consumers."""
+    request = d.requests[name]
+    reason = stuck.get(request.consumer)
+    if reason is None or (request.owed and reason.why is Why.PROMOTED_AHEAD):
+        reason = _attend(d, request, fences)
         if reason is None:
-            continue
-        stuck[request.consumer] = reason
-        d.why(name, reason)
-        if reason.why not in BEYOND_HELP and d.is_promoted(name):
-            fences.append(_fence(d, request))
+            return None
+    stuck[request.consumer] = kept = d.why(name, reason)
+    return kept
 
 
 def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | None:
@@ -94,7 +105,7 @@ def _bring_in(
         d.note("NotLoaded", consumer=name, because="there is no free memory for it")
         return None
     if victims is None:
-        missing = _no_set(d, name)
+        missing = d.remember(("no set", alike(d, name)), lambda: _no_set(d, name))
         if missing.why is not Why.UNFIT or d.config.when_unfit == "wait":
             return missing
         if d.config.when_unfit == "reject":
@@ -223,7 +234,7 @@ def _attainable_mib(d: Draft, target: str, gpu: int) -> tuple[int, int]:
     """What could come free on a card at best: without who cools down, and with."""
     now = later = 0
     beside = d.consumer(target).can_coexist_with
-    for name in d.consumers:
+    for name in d.present():
         if name == target:
             continue
         consumer, promise = d.consumer(name), d.promises.get(name)
@@ -247,9 +258,9 @@ def _under_way(d: Draft, target: str) -> tuple[str, ...]:
     return tuple(
         sorted(
             name
-            for name, state in d.consumers.items()
+            for name in d.present()
             if name != target
-            and (name in d.promises or name in d.swaps or state.operation is not None)
+            and (name in d.promises or name in d.swaps or d.consumers[name].operation is not None)
             and not cards.isdisjoint(d.consumer(name).vram_mib.keys())
         )
     )
@@ -260,9 +271,9 @@ def _holders(d: Draft, target: str) -> tuple[str, ...]:
     needs = need_mib(d.consumer(target), d.consumers[target])
     ours = sorted(
         name
-        for name, state in d.consumers.items()
+        for name in d.present()
         if name != target
-        and state.residency is not Residency.ABSENT
+        and d.consumers[name].residency is not Residency.ABSENT
         and not needs.keys().isdisjoint(d.consumer(name).vram_mib.keys())
     )
     foreign = any(gpu in d.cards and d.cards[gpu].foreign_mib for gpu in needs)
@@ -295,7 +306,7 @@ def _fence(d: Draft, request: RequestState) -> Fence:
         consumer=consumer.name,
         needs_slot=consumer.gpu_slot
         and consumer.name not in d.serving
-        and (limited or (needs_memory and not d.config.overlap_loads)),
+        and (limited or not d.config.overlap_loads),
         needs_memory=needs_memory,
     )
 
@@ -359,8 +370,8 @@ def expire(d: Draft) -> None:
 
 def give_up_unclaimed(d: Draft) -> None:
     """Nobody is left to cold-start a consumer for whom memory is set aside."""
-    for name, state in d.consumers.items():
-        if state.cleared and name not in d.waiting:
-            d.consumers[name] = evolve(state, cleared=False)
+    for name in [name for name, state in d.consumers.items() if state.cleared]:
+        if name not in d.waiting:
+            d.update(name, cleared=False)
             d.give_up_promise(name)
             d.note("ColdStartGivenUp", consumer=name)

@@ -189,10 +189,6 @@ class Draft:
             if consumer.server == server and other != name:
                 yield other
 
-    def pinned(self, name: str) -> bool:
-        override = self.consumers[name].pinned
-        return self.consumer(name).pinned if override is None else override
-
     # ----------------------------------------------------------------------------- operations
 
     def start_load(self, name: str, epoch: int) -> None:
@@ -380,24 +376,6 @@ class Draft:
             if request.phase is not Phase.SERVING and request.consumer == consumer
         ]
         return sorted(names, key=self._place)
-
-    def is_promoted(self, name: str) -> bool:
-        bound = self.config.overtake_bound
-        if bound is None or self.requests[name].only_if_free:
-            return False
-        return self.overtaken[name] >= bound or self.overtaken_high[name] >= 2 * bound
-
-    def order(self) -> tuple[list[str], list[str]]:
-        """Give the queue as it is walked: the promoted by age, then all others."""
-        bound = self.config.overtake_bound
-        if bound is None or not self.queue:
-            return [], self.queue
-        if max(self.overtaken.values()) < bound and max(self.overtaken_high.values()) < 2 * bound:
-            return [], self.queue
-        promoted = [name for name in self.queue if self.is_promoted(name)]
-        promoted.sort(key=lambda name: self.requests[name].arrival)
-        first = set(promoted)
-        return promoted, [name for name in self.queue if name not in first]
 
     def _place(self, name: str) -> tuple[int, int]:
         request = self.requests[name]

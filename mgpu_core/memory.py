@@ -11,6 +11,7 @@ from attrs import evolve
 from mgpu_core.config import Consumer
 from mgpu_core.draft import Draft
 from mgpu_core.events import GpuSample
+from mgpu_core.ordering import is_pinned
 from mgpu_core.planners import Holder, View
 from mgpu_core.state import Card, ConsumerState, Promise, Residency
 
@@ -131,7 +132,7 @@ def can_never_fit(d: Draft, name: str) -> str | None:
             for other, state in d.consumers.items()
             if other != name
             and state.residency is Residency.RESIDENT
-            and d.pinned(other)
+            and is_pinned(d, other)
             and other not in consumer.can_coexist_with
         ]
         room = total - reserved - sum(held_mib(d.consumer(p), d.consumers[p], gpu) for p in pinned)
@@ -187,7 +188,7 @@ def may_be_evicted(d: Draft, name: str) -> bool:
         d.consumer(name).unloadable
         and not d.consumer(name).vram_managed
         and not cooling_down(d, name)
-        and not any(d.pinned(one) for one in (name, *stops_with(d, name)))
+        and not any(is_pinned(d, one) for one in (name, *stops_with(d, name)))
     )
 
 
@@ -239,7 +240,7 @@ def _holder(d: Draft, name: str) -> Holder:
         serving=d.serving.get(name, 0),
         busy=is_busy(d, name),
         owed=name in d.owed,
-        pinned=d.pinned(name),
+        pinned=is_pinned(d, name),
         evictable=may_be_evicted(d, name),
         idle=not any(at_work(d, one) for one in (name, *stops_with(d, name))),
     )

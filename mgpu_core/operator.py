@@ -8,6 +8,7 @@ from mgpu_core.draft import Draft
 from mgpu_core.effects import Probe, SampleGpu
 from mgpu_core.events import Load, Pin, Reconfigured, Started, Unload
 from mgpu_core.memory import at_work, is_busy, stops_with
+from mgpu_core.ordering import is_pinned
 from mgpu_core.requests import operator_id
 from mgpu_core.state import (
     ConsumerState,
@@ -59,7 +60,7 @@ def on_unload(d: Draft, event: Unload) -> None:
     names = event.consumers or tuple(
         name
         for name, consumer in d.config.consumers.items()
-        if consumer.unloadable and not consumer.vram_managed and not d.pinned(name)
+        if consumer.unloadable and not consumer.vram_managed and not is_pinned(d, name)
     )
     for name in names:
         consumer = d.known(name)
@@ -107,7 +108,7 @@ def leave(d: Draft) -> None:
 
 
 def _siblings_at_work(d: Draft, name: str) -> bool:
-    return any(at_work(d, one) or d.pinned(one) for one in stops_with(d, name))
+    return any(at_work(d, one) or is_pinned(d, one) for one in stops_with(d, name))
 
 
 def unload_idle(d: Draft) -> None:
@@ -124,9 +125,11 @@ def unload_idle(d: Draft) -> None:
 def idle_due(d: Draft, name: str) -> int | None:
     """When its idle time is over; None: it may stay."""
     consumer, state = d.consumer(name), d.consumers[name]
-    if consumer.idle_unload_us is None or state.idle_since is None or not consumer.unloadable:
+    if consumer.idle_unload_us is None or state.idle_since is None:
         return None
-    if state.residency is not Residency.RESIDENT or name in d.waiting or d.pinned(name):
+    if not consumer.unloadable or consumer.vram_managed:
+        return None
+    if state.residency is not Residency.RESIDENT or name in d.waiting or is_pinned(d, name):
         return None
     cooldown = state.unload_cooldown
     return max(state.idle_since + consumer.idle_unload_us, cooldown.until if cooldown else 0)

@@ -16,6 +16,7 @@ from mgpu_core.memory import (
     promise_granted,
 )
 from mgpu_core.notes import Reason, Why
+from mgpu_core.ordering import walk_order
 from mgpu_core.state import Phase, RequestState, Residency, Source
 from mgpu_core.transitions import Cause
 
@@ -41,7 +42,7 @@ def walk(d: Draft) -> None:
     """
     fences: list[Fence] = []
     stuck: dict[str, Reason] = {}
-    promoted, others = d.order()
+    promoted, others = walk_order(d)
     for name in promoted:
         reason = _look(d, name, fences, stuck)
         if d.again:

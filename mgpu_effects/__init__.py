@@ -1,0 +1,1 @@
+"""The runtime: carries out what the scheduler decides, and reports what came of it."""

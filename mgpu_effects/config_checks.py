@@ -1,0 +1,254 @@
+"""What no key can know by itself: names that must exist, and values that contradict each other."""
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+from attrs import frozen
+
+from mgpu_effects.reading import Path, Reader
+from mgpu_effects.settings import ConsumerSettings, GpuSettings, Settings
+from mgpu_effects.values import HOST, PORT
+
+URL_ADDRESS = re.compile(rf"(https?)://({HOST})(?::({PORT}))?")
+SCHEME_PORTS = {"http": 80, "https": 443}
+
+
+@frozen
+class Finding:
+    """Something wrong at `path`, concluded from what stands there and at the paths `given`."""
+
+    path: Path
+    message: str
+    given: tuple[Path, ...] = ()
+
+
+Findings: TypeAlias = Iterator[Finding]
+
+
+def check(settings: Settings, reader: Reader) -> None:
+    """Note what is wrong with settings that were read.
+
+    Nothing is concluded from what could not be read: what it was meant to be is not known.
+    """
+    findings = [
+        (_as_written(finding.path, reader), finding)
+        for one in CHECKS
+        for finding in one(settings)
+        if all(reader.sound(path) for path in (finding.path, *finding.given))
+    ]
+    for path, finding in findings:
+        reader.note(path, finding.message)
+
+
+def _as_written(path: Path, reader: Reader) -> Path:
+    """Give the path of the shorter form, or of the nearest thing that the file has."""
+    if path[:2] == ("gpus", 0) and reader.given(("gpu",)):
+        path = ("gpu", *path[2:])
+    while not reader.given(path):
+        path = path[:-1]
+    return path
+
+
+# ------------------------------------------------------------------------------ the broker itself
+
+
+def _check_listen(settings: Settings) -> Findings:
+    yield from _check_twice(settings.listen, ("listen",))
+    may = settings.auth.keys or settings.auth.open
+    for place, address in enumerate(settings.listen):
+        host, _ = _host_port(address)
+        path = ("listen", place)
+        if _is_no_address(host):
+            yield Finding(path, f"{host} is no IP address")
+        elif not _is_loopback(host) and not may:
+            text = f"{host} is not loopback: it needs auth.keys, or auth: open to let anybody in"
+            yield Finding(path, text, (("auth",),))
+
+
+def _check_auth(settings: Settings) -> Findings:
+    yield from _check_twice([key.name for key in settings.auth.keys], ("auth", "keys"), "name")
+
+
+def _check_routing(settings: Settings) -> Findings:
+    for kind, name in settings.routing.items():
+        path = ("routing", kind)
+        if name not in settings.consumers:
+            yield _no_consumer(settings, name, path)
+        elif kind not in settings.consumers[name].paths:
+            paths = ("consumers", name, "paths")
+            yield Finding(path, f"{name} has no paths.{kind}", (paths,))
+    proxy = settings.audio_proxy
+    if proxy is not None and proxy not in settings.consumers:
+        yield _no_consumer(settings, proxy, ("audio_proxy",))
+
+
+# ------------------------------------------------------------------------------------------ cards
+
+
+def _check_gpus(settings: Settings) -> Findings:
+    gpus = settings.gpus
+    numbers = [place if gpu.index is None else gpu.index for place, gpu in enumerate(gpus)]
+    yield from _check_twice([gpu.uuid for gpu in gpus], ("gpus",), "uuid")
+    for place, gpu in enumerate(gpus):
+        path = ("gpus", place)
+        if len(gpus) > 1 and gpu.index is None and gpu.uuid is None:
+            yield Finding(path, "one of several GPUs needs an index or a uuid")
+        if numbers[place] in numbers[:place]:
+            text = f"there is a GPU {numbers[place]} already; without an index its place counts"
+            yield Finding((*path, "index"), text)
+        if gpu.sampler != gpus[0].sampler:
+            text = f"one sampler reads all GPUs, and gpus[0] says {gpus[0].sampler}"
+            yield Finding((*path, "sampler"), text)
+        if gpu.total_mib is not None and _usable_mib(gpu, gpu.total_mib) <= 0:
+            text = f"nothing is left after reserved_mib {gpu.reserved_mib} and cushion_mib "
+            yield Finding((*path, "total_mib"), text + str(gpu.cushion_mib))
+
+
+def _check_fit(settings: Settings) -> Findings:
+    """A need that no eviction can meet is a mistake in the file, not a state of the card."""
+    for consumer in settings.consumers.values():
+        here = ("consumers", consumer.name)
+        for index, resident_mib in consumer.resident_mib_by_gpu.items():
+            gpu = settings.gpu_by_index.get(index)
+            need_mib = max(resident_mib, consumer.vram_load_mib)
+            if gpu is None or gpu.total_mib is None or consumer.vram_managed:
+                continue
+            usable_mib = _usable_mib(gpu, gpu.total_mib)
+            if need_mib > max(usable_mib, 0):
+                declared = "vram_resident_mib" if isinstance(consumer.gpu, int) else "gpu"
+                key = "vram_load_mib" if need_mib > resident_mib else declared
+                text = f"{need_mib} MiB can never fit: GPU {index} has {gpu.total_mib} MiB less "
+                text += f"{gpu.reserved_mib} reserved and a cushion of {gpu.cushion_mib}"
+                yield Finding((*here, key), text, (("gpus",), ("gpu",), (*here, "gpu")))
+
+
+def _usable_mib(gpu: GpuSettings, total_mib: int) -> int:
+    return total_mib - gpu.reserved_mib - gpu.cushion_mib
+
+
+# -------------------------------------------------------------------------------------- consumers
+
+
+def _check_consumers(settings: Settings) -> Findings:
+    for consumer in settings.consumers.values():
+        here = ("consumers", consumer.name)
+        yield from _check_neighbours(settings, consumer, (*here, "can_coexist_with"))
+        yield from _check_url(settings, consumer, (*here, "url"))
+        yield from _check_memory(settings, consumer, here)
+
+
+def _check_neighbours(settings: Settings, consumer: ConsumerSettings, path: Path) -> Findings:
+    yield from _check_twice(consumer.can_coexist_with, path)
+    for place, name in enumerate(consumer.can_coexist_with):
+        if name == consumer.name:
+            yield Finding((*path, place), "names the consumer itself")
+        elif name not in settings.consumers:
+            yield _no_consumer(settings, name, (*path, place))
+
+
+def _check_url(settings: Settings, consumer: ConsumerSettings, path: Path) -> Findings:
+    match = URL_ADDRESS.match(consumer.url)
+    if match is None:
+        return
+    host, port = match[2], int(match[3] or SCHEME_PORTS[match[1]])
+    if _is_no_address(host):
+        yield Finding(path, f"{host} is no IP address")
+    for address in settings.listen:
+        own_host, own_port = _host_port(address)
+        own_ip = _ip(own_host)
+        local = _is_loopback(own_host) or (own_ip is not None and own_ip.is_unspecified)
+        same = own_host == host or (local and _is_loopback(host))
+        if port == own_port and same:
+            yield Finding(path, "is the broker's own address", (("listen",),))
+
+
+def _check_memory(settings: Settings, consumer: ConsumerSettings, here: Path) -> Findings:
+    if consumer.gpu == "none":
+        for key in ("vram_resident_mib", "vram_load_mib", "vram_residue_mib", "vram_managed"):
+            if getattr(consumer, key):
+                yield Finding((*here, key), "with gpu: none it takes no GPU memory")
+        return
+    by_gpu = consumer.resident_mib_by_gpu
+    known = ", ".join(map(str, sorted(settings.gpu_by_index)))
+    for index in by_gpu:
+        if index not in settings.gpu_by_index:
+            text = f"there is no GPU {index}; there are: {known}"
+            yield Finding((*here, "gpu"), text, (("gpus",), ("gpu",)))
+    if not isinstance(consumer.gpu, int) and consumer.vram_resident_mib != 0:
+        yield Finding((*here, "vram_resident_mib"), "gpu says already how much it takes on each")
+    if any(0 < mib < consumer.vram_residue_mib for mib in by_gpu.values()):
+        text = "more would stay after an unload than it takes while resident"
+        yield Finding((*here, "vram_residue_mib"), text)
+
+
+def _check_units(settings: Settings) -> Findings:
+    owners: dict[tuple[str, bool], str] = {}
+    for consumer in settings.consumers.values():
+        here = ("consumers", consumer.name)
+        systemd = consumer.driver.systemd if consumer.driver else None
+        short = consumer.systemd_unit
+        if short and consumer.driver and (systemd is None or systemd.unit != short):
+            text = "driver names another way to start and stop it"
+            yield Finding((*here, "systemd_unit"), text, ((*here, "driver"),))
+        unit = (systemd.unit, systemd.user) if systemd else (short, False)
+        if not unit[0]:
+            continue
+        owner = owners.setdefault((unit[0], unit[1]), consumer.name)
+        if owner != consumer.name:
+            text = f"{unit[0]} is the unit of {owner} too: stopping one would stop both"
+            yield Finding((*here, "driver" if systemd else "systemd_unit"), text)
+
+
+# ---------------------------------------------------------------------------------------- helpers
+
+
+def _check_twice(values: Sequence[object], path: Path, key: str | None = None) -> Findings:
+    """Find what a list names twice, None apart."""
+    for place, value in enumerate(values):
+        if value is not None and value in values[:place]:
+            where = (*path, place) if key is None else (*path, place, key)
+            yield Finding(where, f"{value} is given twice")
+
+
+def _no_consumer(settings: Settings, name: str, path: Path) -> Finding:
+    near = difflib.get_close_matches(name, settings.consumers, n=1)
+    hint = f", did you mean {near[0]}?" if near else ""
+    names = ", ".join(settings.consumers) or "none"
+    text = f"there is no consumer {name}{hint}; there are: {names}"
+    return Finding(path, text, (("consumers", name),))
+
+
+def _host_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return None
+
+
+def _is_no_address(host: str) -> bool:
+    """Say whether it looks like an IP address and is none."""
+    return re.fullmatch(r"\[.*\]|[0-9.]+", host) is not None and _ip(host) is None
+
+
+def _is_loopback(host: str) -> bool:
+    ip = _ip(host)
+    return host == "localhost" if ip is None else ip.is_loopback
+
+
+CHECKS: tuple[Callable[[Settings], Findings], ...] = (
+    _check_listen,
+    _check_auth,
+    _check_routing,
+    _check_gpus,
+    _check_fit,
+    _check_consumers,
+    _check_units,
+)

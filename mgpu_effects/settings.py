@@ -1,0 +1,392 @@
+"""The user's configuration, as typed classes: config/consumers.yaml after reading and checking.
+
+Field names are the keys of the file. The reader, the JSON Schema for editors and the documentation
+of the file are made from what is written here; `shapes` explains the vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, get_args
+
+from attrs import field, frozen
+
+from mgpu_effects.shapes import (
+    NAMED,
+    Between,
+    ExactlyOneKey,
+    Later,
+    NotEmpty,
+    OneOf,
+    OneOrMany,
+    ShellWords,
+    Singular,
+    Word,
+    doc,
+)
+from mgpu_effects.values import (
+    Address,
+    Argument,
+    AtLeastOne,
+    Count,
+    GpuIndex,
+    GraceSeconds,
+    HeaderName,
+    HeaderValue,
+    Method,
+    Mib,
+    Name,
+    Origin,
+    Priority,
+    Seconds,
+    Sha256,
+    Signal,
+    Status,
+    Text,
+    Url,
+    UrlPath,
+    VariableName,
+)
+
+Kind = Literal["tts", "stt", "llm", "image"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+KindName = Annotated[str, OneOf(KINDS)]
+SamplerName = Literal["auto", "nvml", "nvidia-smi", "none", "simulated"]
+
+
+@frozen(kw_only=True)
+class Endpoint:
+    """Where a call without a body goes."""
+
+    path: UrlPath = field(metadata=doc("path under the consumer's URL"))
+    method: Method = field(default="GET", metadata=doc("HTTP method"))
+
+
+@frozen(kw_only=True)
+class WorkEndpoint(Endpoint):
+    """Where the consumer takes one kind of work."""
+
+    method: Method = field(default="POST", metadata=doc("HTTP method"))
+
+
+@frozen(kw_only=True)
+class Step:
+    """One HTTP call of a load or unload."""
+
+    path: UrlPath = field(metadata=doc("path under the consumer's URL"))
+    method: Method = field(default="POST", metadata=doc("HTTP method"))
+    headers: Mapping[HeaderName, HeaderValue] = field(
+        factory=dict, metadata=doc("headers of this call, beside the consumer's own")
+    )
+    body: str | Mapping[str, object] | None = field(
+        default=None, metadata=doc("text is sent as it is, a mapping as JSON")
+    )
+    ok: tuple[Status, ...] = field(
+        default=(), metadata=doc("the statuses that count as success; empty: any 2xx")
+    )
+    timeout_s: Seconds = field(default=60, metadata=doc("how long the call may take"))
+
+
+@frozen(kw_only=True)
+class ProcessDriver:
+    """The broker runs the service itself, in a process group of its own."""
+
+    command: Annotated[tuple[Argument, ...], ShellWords(), NotEmpty()] = field(
+        metadata=doc("the program and its arguments; no shell is involved")
+    )
+    env: Mapping[VariableName, Argument] = field(
+        factory=dict, metadata=doc("variables beside the broker's own environment")
+    )
+    cwd: Text | None = field(default=None, metadata=doc("its directory; null: the broker's"))
+    stop_signal: Signal = field(default="TERM", metadata=doc("the signal that asks it to end"))
+    grace_s: GraceSeconds = field(
+        default=10, metadata=doc("between the stop signal and SIGKILL to the whole group")
+    )
+    ready_s: Seconds = field(
+        default=120, metadata=doc("from the start until its health probe must answer")
+    )
+
+
+@frozen(kw_only=True)
+class SystemdDriver:
+    """A unit that is started and stopped through systemctl."""
+
+    unit: Text = field(metadata=doc("name of the unit"))
+    user: bool = field(
+        default=False, metadata=doc("a unit of the user's manager instead of the system's")
+    )
+
+
+@frozen(kw_only=True)
+class DriverSettings:
+    """Who can start and stop the process behind the consumer: exactly one of these."""
+
+    process: ProcessDriver | None = field(
+        default=None, metadata=doc("the broker runs the service itself")
+    )
+    systemd: SystemdDriver | None = field(default=None, metadata=doc("systemd runs it, as a unit"))
+
+
+@frozen(kw_only=True)
+class Timeouts:
+    """Limits on one request of a consumer, in seconds."""
+
+    connect: Seconds = field(default=5, metadata=doc("until the connection stands"))
+    first_byte: Seconds = field(default=600, metadata=doc("until the answer begins"))
+    idle: Seconds = field(default=120, metadata=doc("between two pieces of the answer"))
+    total: Seconds | None = field(
+        default=None, metadata=doc("until the answer is complete; null: no limit")
+    )
+    client_write: Seconds = field(
+        default=60, metadata=doc("a client that takes nothing for so long counts as gone")
+    )
+    upload: Seconds = field(
+        default=60, metadata=doc("a body that brings nothing for so long is given up")
+    )
+
+
+@frozen(kw_only=True)
+class ConsumerSettings:
+    """One service behind the broker."""
+
+    name: str = field(metadata=NAMED)
+    url: Url = field(metadata=doc("base URL of the service"))
+    health: Endpoint = field(
+        factory=lambda: Endpoint(path="/health"), metadata=doc("liveness probe; GET /health")
+    )
+    paths: Mapping[KindName, WorkEndpoint] = field(
+        factory=dict, metadata=doc("its endpoint for each kind of work that it does")
+    )
+    headers: Mapping[HeaderName, HeaderValue] = field(
+        factory=dict, metadata=doc("sent with every call to it, as its API key")
+    )
+    gpu: GpuIndex | Annotated[Mapping[GpuIndex, Mib], NotEmpty()] | Literal["none"] = field(
+        default=0,
+        metadata=doc(
+            "the GPU that it uses, or the MiB that it takes on each of several, or none: it works"
+            " on the CPU and needs neither memory nor a slot"
+        ),
+    )
+    gpu_slot: bool = field(
+        default=True, metadata=doc("false: its memory counts, but its work needs no slot")
+    )
+    vram_resident_mib: Mib | Literal["auto"] = field(
+        default=0,
+        metadata=doc("its footprint; 0: unknown, nothing is evicted for it; auto: as measured"),
+    )
+    vram_load_mib: Mib = field(
+        default=0, metadata=doc("its footprint while it loads, where that is more")
+    )
+    vram_residue_mib: Mib = field(
+        default=0, metadata=doc("what stays after an unload, as a CUDA context")
+    )
+    vram_managed: bool = field(
+        default=False, metadata=doc("it evicts by itself: never tracked, sized or evicted")
+    )
+    unload: Annotated[tuple[Step, ...], OneOrMany()] = field(
+        default=(), metadata=doc("how to clear it out of VRAM: one call, or several in order")
+    )
+    load: Annotated[tuple[Step, ...], OneOrMany()] = field(
+        default=(), metadata=doc("how to bring it back; without: its next request does")
+    )
+    systemd_unit: Text | None = field(
+        default=None, metadata=doc("the same as `driver: {systemd: {unit: ...}}`")
+    )
+    driver: Annotated[DriverSettings, ExactlyOneKey()] | None = field(
+        default=None,
+        metadata=doc("who starts and stops it, where it has no such routes or they fail"),
+    )
+    can_coexist_with: tuple[Name, ...] = field(
+        default=(), metadata=doc("the consumers that may stay resident beside it")
+    )
+    priority: Priority = field(default=2, metadata=doc("0 low ... 4 urgent"))
+    max_concurrency: AtLeastOne = field(default=1, metadata=doc("jobs at once"))
+    max_pending: AtLeastOne = field(
+        default=64, metadata=doc("requests admitted and unfinished; more are answered 429")
+    )
+    pinned: bool = field(default=False, metadata=doc("never evicted"))
+    preload: bool = field(
+        default=False, metadata=doc("loaded at the start and after idle time, if memory is free")
+    )
+    idle_unload_s: Seconds | None = field(
+        default=None, metadata=doc("unloaded after so long without work; null: never")
+    )
+    on_client_gone: Annotated[Literal["close", "drain"], Later(("job",))] = field(
+        default="close",
+        metadata=doc(
+            "close: closing the call ends the work; drain: the service works on, so the answer is"
+            " read to its end and thrown away before the next request"
+        ),
+    )
+    passive: tuple[UrlPath, ...] = field(default=(), metadata=doc("paths that need no GPU"))
+    timeout_s: Timeouts = field(factory=Timeouts, metadata=doc("limits on one request"))
+
+    @property
+    def resident_mib_by_gpu(self) -> Mapping[int, int]:
+        """What it declares to hold on each card that it uses; 0: not known."""
+        if self.gpu == "none":
+            return {}
+        if isinstance(self.gpu, int):
+            return {self.gpu: 0 if self.vram_resident_mib == "auto" else self.vram_resident_mib}
+        return dict(sorted(self.gpu.items()))
+
+
+@frozen(kw_only=True)
+class GpuSettings:
+    """One graphics card."""
+
+    index: GpuIndex | None = field(
+        default=None, metadata=doc("its number; null: its place in the list, from 0")
+    )
+    uuid: Text | None = field(
+        default=None, metadata=doc("which card it is, where numbers may change between boots")
+    )
+    total_mib: AtLeastOne | None = field(
+        default=None, metadata=doc("its memory; null: as the driver says")
+    )
+    reserved_mib: Mib = field(
+        default=0, metadata=doc("left to others when there is no reading to go by")
+    )
+    cushion_mib: Mib = field(default=256, metadata=doc("kept free beside every need"))
+    max_parallel: AtLeastOne | None = field(
+        default=1, metadata=doc("consumers at work at once; null: no limit")
+    )
+    poll_interval_s: Seconds = field(default=2, metadata=doc("between two readings"))
+    sampler: SamplerName = field(
+        default="auto", metadata=doc("who reads it; auto: nvml, else nvidia-smi, else none")
+    )
+
+
+@frozen(kw_only=True)
+class ProbeSettings:
+    """How consumers are probed."""
+
+    interval_s: Seconds = field(default=5, metadata=doc("between two probes of a consumer"))
+    timeout_s: Seconds = field(default=2, metadata=doc("how long one may take"))
+    failures: AtLeastOne = field(
+        default=2, metadata=doc("so many failures in a row: unreachable (a refusal: at once)")
+    )
+
+
+@frozen(kw_only=True)
+class SchedulerSettings:
+    """How requests are ordered and who makes room for whom."""
+
+    eviction: Literal["lru", "gdsf"] = field(
+        default="lru", metadata=doc("whom to evict first: used longest ago, or cheapest to lose")
+    )
+    overtake_bound: Count | None = field(
+        default=8, metadata=doc("a request overtaken so often goes first; null: never")
+    )
+    queue_timeout_s: Seconds = field(default=300, metadata=doc("longest wait of a request"))
+    max_evictions: Count = field(default=5, metadata=doc("most unloads for one load"))
+    settle_timeout_s: GraceSeconds = field(
+        default=10, metadata=doc("how long to wait until a reading shows that memory came free")
+    )
+    restore_after_s: Seconds | None = field(
+        default=None, metadata=doc("without work for so long, the preload set comes back")
+    )
+    when_unfit: Literal["wait", "reject", "admit"] = field(
+        default="wait", metadata=doc("when memory that nobody here can free is in the way")
+    )
+    overlap_loads: bool = field(default=True, metadata=doc("load beside work under way"))
+    load_timeout_s: Seconds = field(default=300, metadata=doc("longest load"))
+    unload_timeout_s: Seconds = field(default=60, metadata=doc("longest unload"))
+    shutdown_grace_s: GraceSeconds = field(
+        default=30, metadata=doc("for those served when the broker is told to end")
+    )
+
+
+@frozen(kw_only=True)
+class AuthKey:
+    """One client or operator. The key itself is nowhere in the configuration."""
+
+    name: Text = field(metadata=doc("whose key it is"))
+    hash: Sha256 = field(metadata=doc("what `mgpu key add` printed"))
+    admin: bool = field(default=False, metadata=doc("may steer, not only ask and see"))
+    priority: Priority | None = field(
+        default=None, metadata=doc("the most that its requests may ask for; null: no limit")
+    )
+
+
+@frozen(kw_only=True)
+class AuthSettings:
+    """Who may."""
+
+    keys: tuple[AuthKey, ...] = field(
+        default=(), metadata=doc("needed on any address that is not loopback")
+    )
+    open: bool = field(default=False, metadata=doc("anybody may who reaches the address"))
+
+
+@frozen(kw_only=True)
+class EventLogSettings:
+    """The log of everything that happened and was decided."""
+
+    dir: Text | None = field(
+        default=None, metadata=doc("null: $STATE_DIRECTORY, else the user's state home")
+    )
+    fsync: Seconds | Literal["each", "never"] = field(
+        default=1, metadata=doc("seconds between two, or a policy")
+    )
+    rotate_mib: AtLeastOne = field(default=64, metadata=doc("size of one file"))
+    keep_mib: AtLeastOne = field(default=1024, metadata=doc("size of all files"))
+    keep_days: Annotated[float, Between(0)] = field(default=30, metadata=doc("age of files"))
+
+
+@frozen(kw_only=True)
+class Settings:
+    """The whole file."""
+
+    listen: Annotated[tuple[Address, ...], OneOrMany(), NotEmpty()] = field(
+        default=("127.0.0.1:8770",), metadata=doc("where the broker is reached")
+    )
+    auth: Annotated[AuthSettings, Word("open", AuthSettings(open=True))] = field(
+        factory=AuthSettings, metadata=doc("who may use it; open: anybody who reaches it")
+    )
+    allowed_hosts: tuple[Text, ...] = field(
+        default=(), metadata=doc("names by which the broker may be called, beside loopback ones")
+    )
+    allowed_origins: tuple[Origin, ...] = field(
+        default=(), metadata=doc("origins of web pages that may call it")
+    )
+    max_body_mib: AtLeastOne = field(default=512, metadata=doc("largest body of a request"))
+    routing: Mapping[KindName, Name] = field(
+        factory=dict, metadata=doc("which consumer answers that kind of work")
+    )
+    audio_proxy: Name | None = field(
+        default=None, metadata=doc("which consumer GET /audio/* goes to")
+    )
+    gpus: Annotated[tuple[GpuSettings, ...], Singular("gpu"), NotEmpty()] = field(
+        factory=lambda: (GpuSettings(),), metadata=doc("the graphics cards")
+    )
+    probe: ProbeSettings = field(factory=ProbeSettings, metadata=doc("how consumers are probed"))
+    scheduler: SchedulerSettings = field(
+        factory=SchedulerSettings, metadata=doc("who goes first and who makes room")
+    )
+    event_log: EventLogSettings = field(
+        factory=EventLogSettings, metadata=doc("the record of everything that was decided")
+    )
+    consumers: Mapping[Name, ConsumerSettings] = field(
+        factory=dict, metadata=doc("the services behind the broker, by name")
+    )
+
+    @property
+    def gpu_by_index(self) -> Mapping[int, GpuSettings]:
+        """The cards by their numbers: `index`, else the place in the list."""
+        return {
+            place if gpu.index is None else gpu.index: gpu for place, gpu in enumerate(self.gpus)
+        }
+
+
+# Keys of the contract that come with a later version: no typing errors, but not to be ignored.
+LATER_KEYS: Mapping[type, tuple[str, ...]] = {
+    ConsumerSettings: (
+        "busy",
+        "front",
+        "job",
+        "models",
+        "preset",
+        "residency",
+        "wait_comments_s",
+    ),
+    DriverSettings: ("container",),
+}

@@ -1,0 +1,133 @@
+"""Names in the file must exist, and its values must not contradict each other."""
+
+import pytest
+
+from mgpu_effects.config_file import ConfigErrors, load_settings
+
+# Three consumers and two cards that have nothing wrong, to which each case adds.
+VOICE = "url: http://127.0.0.1:9001, paths: {tts: {path: /say}}"
+PICTURES = "url: http://127.0.0.1:9002"
+HASH = "ab" * 32
+
+
+def _errors(tmp_path, text):
+    file = tmp_path / "consumers.yaml"
+    file.write_text(text)
+    try:
+        load_settings(file, {})
+    except ConfigErrors as wrong:
+        return [(error.key, error.message) for error in wrong.errors]
+    return []
+
+
+def _text(top="", voice="", pictures=""):
+    return (
+        f"{top}\nconsumers:\n  voice: {{{VOICE}, {voice}}}\n  pictures: {{{PICTURES}, {pictures}}}"
+    )
+
+
+TOP = [
+    ("routing: {tts: voic}", "routing.tts", "there is no consumer voic, did you mean voice?"),
+    ("routing: {tts: zzz}", "routing.tts", "there are: voice, pictures"),
+    ("routing: {stt: voice}", "routing.stt", "voice has no paths.stt"),
+    ("audio_proxy: zzz", "audio_proxy", "there is no consumer zzz"),
+    ("listen: 0.0.0.0:8770", "listen", "0.0.0.0 is not loopback"),
+    ("listen: '[::]:8770'", "listen", "auth.keys, or auth: open"),
+    ("listen: [127.0.0.1:80, example.org:80]", "listen[1]", "example.org is not loopback"),
+    ("listen: 0.0.0.0:8770\nauth: {keys: []}", "listen", "is not loopback"),
+    ("listen: 127.0.0.256:8770", "listen", "127.0.0.256 is no IP address"),
+    ("listen: '[::1::]:8770'", "listen", "is no IP address"),
+    ("listen: [localhost:80, localhost:80]", "listen[1]", "localhost:80 is given twice"),
+    ("listen: 127.0.0.1:9001", "consumers.voice.url", "the broker's own address"),
+    ("listen: localhost:9001", "consumers.voice.url", "the broker's own address"),
+    ("auth: open\nlisten: 0.0.0.0:9001", "consumers.voice.url", "the broker's own address"),
+    (
+        f"auth: {{keys: [{{name: a, hash: {HASH}}}, {{name: a, hash: {HASH}}}]}}",
+        "auth.keys[1].name",
+        "a is given twice",
+    ),
+    ("gpus: [{}, {index: 1}]", "gpus[0]", "needs an index or a uuid"),
+    ("gpus: [{index: 1}, {index: 0}, {index: 1}]", "gpus[2].index", "a GPU 1 already"),
+    ("gpus: [{index: 1}, {uuid: GPU-a}]", "gpus[1]", "a GPU 1 already"),
+    ("gpus: [{uuid: a}, {uuid: a}]", "gpus[1].uuid", "a is given twice"),
+    (
+        "gpus: [{index: 0}, {index: 1, sampler: none}]",
+        "gpus[1].sampler",
+        "one sampler reads all GPUs",
+    ),
+    ("gpu: {total_mib: 1000, reserved_mib: 800}", "gpu.total_mib", "nothing is left"),
+]
+
+
+@pytest.mark.parametrize(("top", "key", "words"), TOP)
+def test_a_contradiction_of_the_whole_is_the_one_error(tmp_path, top, key, words):
+    on_no_card = "gpu: none"
+    found = _errors(tmp_path, _text(top, on_no_card, on_no_card))
+    assert [key for key, _ in found] == [key]
+    assert words in found[0][1]
+
+
+CARDS = "gpus: [{index: 0, total_mib: 16000, reserved_mib: 1000}, {index: 2, total_mib: 24000}]"
+
+CONSUMERS = [
+    ("can_coexist_with: [pictures, zzz]", "can_coexist_with[1]", "there is no consumer zzz"),
+    ("can_coexist_with: [pictures, pictures]", "can_coexist_with[1]", "given twice"),
+    ("can_coexist_with: [voice]", "can_coexist_with[0]", "names the consumer itself"),
+    ("gpu: 1", "gpu", "there is no GPU 1; there are: 0, 2"),
+    ("gpu: {0: 1000, 3: 1000}", "gpu", "there is no GPU 3"),
+    ("gpu: {0: 1000}, vram_resident_mib: 1000", "vram_resident_mib", "gpu says already"),
+    ("gpu: {0: 1000}, vram_resident_mib: auto", "vram_resident_mib", "gpu says already"),
+    ("gpu: none, vram_resident_mib: 1000", "vram_resident_mib", "takes no GPU memory"),
+    ("gpu: none, vram_load_mib: 1000", "vram_load_mib", "takes no GPU memory"),
+    ("gpu: none, vram_managed: true", "vram_managed", "takes no GPU memory"),
+    ("vram_resident_mib: 500, vram_residue_mib: 501", "vram_residue_mib", "more would stay"),
+    ("vram_resident_mib: 14745", "vram_resident_mib", "14745 MiB can never fit: GPU 0 has 16000"),
+    ("vram_resident_mib: 1, vram_load_mib: 14745", "vram_load_mib", "can never fit"),
+    ("gpu: {0: 14000, 2: 23745}", "gpu", "23745 MiB can never fit: GPU 2"),
+    ("systemd_unit: a, driver: {process: {command: x}}", "systemd_unit", "another way"),
+    ("systemd_unit: a, driver: {systemd: {unit: b}}", "systemd_unit", "another way"),
+    ("url: http://300.0.0.1/", "url", "300.0.0.1 is no IP address"),
+    ("url: 'http://[::g]/'", "url", "an http or https URL"),
+]
+
+
+@pytest.mark.parametrize(("keys", "key", "words"), CONSUMERS)
+def test_a_contradiction_in_a_consumer_is_the_one_error(tmp_path, keys, key, words):
+    own = "" if keys.startswith("url") else "url: http://127.0.0.1:9001, "
+    text = f"{CARDS}\nconsumers:\n  voice: {{{own}{keys}}}\n  pictures: {{{PICTURES}}}"
+    found = _errors(tmp_path, text)
+    assert [key for key, _ in found] == [f"consumers.voice.{key}"]
+    assert words in found[0][1]
+
+
+def test_a_unit_belongs_to_one_consumer(tmp_path):
+    found = _errors(tmp_path, _text("", "systemd_unit: a", "driver: {systemd: {unit: a}}"))
+    assert found == [
+        ("consumers.pictures.driver", "a is the unit of voice too: stopping one would stop both")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("top", "keys"),
+    [
+        ("", "systemd_unit: a"),
+        ("listen: 0.0.0.0:8770\nauth: open", ""),
+        (f"listen: 0.0.0.0:8770\nauth: {{keys: [{{name: a, hash: {HASH}}}]}}", ""),
+        ("listen: ['127.0.0.2:80', '[::1]:80', 'localhost:81']", ""),
+        ("listen: 127.0.0.1:0", ""),
+        ("gpu: {total_mib: 16000, reserved_mib: 1000}", "vram_resident_mib: 14744"),
+        ("gpu: {total_mib: 16000}", "vram_managed: true, vram_resident_mib: 99999"),
+        ("", "vram_resident_mib: 99999"),
+        ("", "vram_resident_mib: auto, vram_residue_mib: 500"),
+        ("gpu: {max_parallel: null}", "gpu: 0, gpu_slot: false"),
+        ("routing: {tts: voice}\naudio_proxy: pictures", "can_coexist_with: [pictures]"),
+    ],
+)
+def test_what_only_looks_wrong_is_taken(tmp_path, top, keys):
+    assert _errors(tmp_path, _text(top, keys)) == []
+
+
+def test_a_consumer_that_could_not_be_read_is_still_known_by_name(tmp_path):
+    text = "routing: {tts: bad}\naudio_proxy: worse\nconsumers:\n  bad: {url: 5}\n  worse: 5"
+    keys = [key for key, _ in _errors(tmp_path, text)]
+    assert keys == ["routing.tts", "consumers.bad.url", "consumers.worse"]

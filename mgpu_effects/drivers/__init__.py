@@ -1,0 +1,41 @@
+"""How the server behind a consumer is started and stopped."""
+
+from collections.abc import Callable
+
+import aiohttp
+
+from mgpu_effects.calls import CallError, check_health
+from mgpu_effects.drivers.driver import Driver
+from mgpu_effects.drivers.process import ProcessDriver
+from mgpu_effects.drivers.systemd import SystemdDriver
+from mgpu_effects.settings import ConsumerSettings
+
+__all__ = ["Driver", "ProcessDriver", "SystemdDriver", "make_driver"]
+
+_READY_TIMEOUT_S = 1.0
+
+
+def make_driver(
+    consumer: ConsumerSettings,
+    session: aiohttp.ClientSession,
+    on_exit: Callable[[int], None] | None = None,
+) -> Driver | None:
+    """Make the consumer's driver; None where the broker can't start it.
+
+    `on_exit` gets the return code of a process that ended without having been told to.
+    """
+
+    async def answers() -> bool:
+        try:
+            await check_health(session, consumer, _READY_TIMEOUT_S)
+        except CallError:
+            return False
+        return True
+
+    process = consumer.driver.process if consumer.driver else None
+    systemd = consumer.driver.systemd if consumer.driver else None
+    if process is not None:
+        return ProcessDriver(consumer.name, process, answers, on_exit)
+    if systemd is not None:
+        return SystemdDriver(consumer.name, systemd.unit, answers, user=systemd.user)
+    return None

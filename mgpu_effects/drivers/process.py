@@ -1,0 +1,159 @@
+"""The `process` driver: the broker runs the service itself."""
+
+import asyncio
+import logging
+import signal
+from collections import deque
+from collections.abc import Callable
+
+from mgpu_effects.drivers.driver import Answers, wait_until_ready
+from mgpu_effects.drivers.group import ProcessGroup, spawn
+from mgpu_effects.settings import ProcessDriver as ProcessSettings
+
+_TAIL_LINES = 200
+_POLL_S = 0.05
+_KILLED_S = 5.0  # how long a killed process may take to give back its memory
+_log = logging.getLogger(__name__)
+
+
+class ProcessDriver:
+    """Runs a command in a process group of its own, and ends the whole group.
+
+    What it prints goes to the logger `mgpu.output.NAME`; `tail` has the last lines of it.
+    `on_exit` is called with the return code when the process ends without having been told to.
+
+    Errors of `start`: `not_found`, `not_permitted`, `not_started`, `exited_CODE`, `killed_SIGNAL`,
+    `not_ready`, and `not_ours`: somebody answers at its address whom this driver did not start.
+    Errors of `stop`: `still_running`, `not_ours`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: ProcessSettings,
+        answers: Answers,
+        on_exit: Callable[[int], None] | None = None,
+    ) -> None:
+        self._name = name
+        self._settings = settings
+        self._answers = answers
+        self._on_exit = on_exit
+        self._signum = signal.Signals[f"SIG{settings.stop_signal}"]
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._lock = asyncio.Lock()  # whoever spawns or ends a group
+        self._group: ProcessGroup | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    def tail(self) -> tuple[str, ...]:
+        """Give what it printed last, for the operator's eyes only: it may hold anything."""
+        return tuple(self._tail)
+
+    async def running(self) -> bool:
+        return self._group is not None and not self._group.exited.done()
+
+    async def start(self) -> str | None:
+        """Cancelled or not ready in time, it ends what it started."""
+        async with self._lock:
+            group, error = await self._ensure_spawned()
+        if group is None:
+            return error
+        try:
+            error = await wait_until_ready(
+                self._answers, lambda: _why_ended(group), self._settings.ready_s, _POLL_S
+            )
+        except asyncio.CancelledError:
+            await _kill(group)
+            raise
+        if error == "not_ready":
+            await _kill(group)
+        if error is not None:
+            await group.drain()
+            _log.error("%s did not start: %s", self._name, error)
+        return error
+
+    async def stop(self) -> str | None:
+        """The stop signal, once more at half the grace (some services wait for the second one),
+        and SIGKILL at its end: each to the whole group, until all of it is gone.
+        """
+        async with self._lock:
+            if self._group is not None:
+                return await self._end(self._group)
+            return "not_ours" if await self._answers() else None
+
+    async def close(self) -> None:
+        async with self._lock:
+            if self._group is not None:
+                await self._end(self._group)
+
+    async def _ensure_spawned(self) -> tuple[ProcessGroup | None, str | None]:
+        if await self.running():
+            return self._group, None
+        if self._group is not None and (error := await self._end(self._group)):
+            return None, error
+        if await self._answers():
+            return None, "not_ours"
+        try:
+            return await self._spawn(), None
+        except OSError as error:
+            _log.error("%s does not start: %s", self._name, error)
+            return None, _spawn_code(error)
+
+    async def _spawn(self) -> ProcessGroup:
+        settings = self._settings
+        output = logging.getLogger(f"mgpu.output.{self._name}")
+        self._tail.clear()
+        group = await spawn(settings.command, settings.env, settings.cwd, output, self._tail)
+        self._group = group
+        self._watcher = asyncio.create_task(self._watch(group))
+        _log.info("%s started: process %d", self._name, group.pid)
+        return group
+
+    async def _watch(self, group: ProcessGroup) -> None:
+        returncode = await group.exited
+        if group.ending:
+            return
+        _log.warning("%s ended by itself: %s", self._name, _code(returncode))
+        await _kill(group)  # what it left behind would keep its memory and its port
+        await group.drain()
+        if self._on_exit is not None:
+            self._on_exit(returncode)
+
+    async def _end(self, group: ProcessGroup) -> str | None:
+        group.ending = True
+        half_s = self._settings.grace_s / 2
+        for signum, wait_s in (
+            (self._signum, half_s),
+            (self._signum, half_s),
+            (signal.SIGKILL, _KILLED_S),
+        ):
+            group.signal(signum)
+            if await group.gone(wait_s):
+                await group.drain()
+                self._group = None
+                return None
+        _log.error("%s: process group %d survives SIGKILL", self._name, group.pid)
+        return "still_running"
+
+
+async def _kill(group: ProcessGroup) -> None:
+    group.ending = True
+    group.signal(signal.SIGKILL)
+    await group.gone(_KILLED_S)
+
+
+async def _why_ended(group: ProcessGroup) -> str | None:
+    return _code(group.exited.result()) if group.exited.done() else None
+
+
+def _code(returncode: int) -> str:
+    return f"exited_{returncode}" if returncode >= 0 else f"killed_{-returncode}"
+
+
+def _spawn_code(error: OSError) -> str:
+    match error:
+        case FileNotFoundError():
+            return "not_found"
+        case PermissionError():
+            return "not_permitted"
+        case _:
+            return "not_started"

@@ -1,0 +1,71 @@
+"""A client's piece of work on its way through the broker."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol, TypeAlias
+
+from attrs import define, field
+
+from mgpu_effects.errors import BrokerError
+
+Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
+
+
+class Body(Protocol):
+    """A request's body, taken in whole before: in memory, or in a temporary file."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes."""
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """Give it from the beginning, in pieces."""
+
+    def close(self) -> None:
+        """Let go of the memory or the file."""
+
+
+class Responder(Protocol):
+    """The way back to the client. Calls come from one task, in this order, each at most once
+    but `write`; every call returns when the client took what was sent.
+    """
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send the head of the answer."""
+
+    async def write(self, chunk: bytes) -> None:
+        """Send a piece of the body."""
+
+    async def finish(self) -> None:
+        """Say that the answer is complete."""
+
+    async def fail(self, error: BrokerError) -> None:
+        """Answer with the error, or cut the connection if the answer has begun."""
+
+
+@define(kw_only=True, eq=False)
+class Job:
+    """One request of one client, from its whole body to the end of its answer.
+
+    The runtime owns it: whoever submits it only waits for `done` and says when the client `gone`.
+    """
+
+    request: str
+    consumer: str
+    kind: str
+    method: str
+    path: str  # under the consumer's URL, query included, exactly as it goes out
+    headers: Headers  # as the client sent them, less the credentials that were for the broker
+    body: Body
+    responder: Responder
+    priority: int | None = None
+    max_wait_s: float | None = None
+    client: str | None = None  # its address, for X-Forwarded-For
+    scheme: str = "http"
+    host: str | None = None
+    gone: asyncio.Event = field(factory=asyncio.Event)
+    done: asyncio.Event = field(factory=asyncio.Event)
+    submitted: int = 0  # microseconds, as the events' `at`
+    granted: int | None = None
+    loading_us: int = 0  # how much of the wait was spent in a swap of its consumer
+    decided: bool = False  # it is being served or refused: nothing else will answer its client

@@ -1,0 +1,142 @@
+import asyncio
+
+import pytest
+from aiohttp import web
+
+from mgpu_effects.calls import control_session
+from mgpu_effects.probes import ProbeFacts, probe
+from mgpu_effects.settings import ConsumerSettings, Endpoint, Step
+from tests.support.dev_http import free_port, serving, serving_raw
+
+
+@pytest.fixture
+async def session():
+    async with control_session() as session:
+        yield session
+
+
+class Running:
+    """A driver, as far as a probe asks it."""
+
+    def __init__(self, answer: bool | None) -> None:
+        self._answer = answer
+
+    async def running(self) -> bool | None:
+        return self._answer
+
+    async def start(self) -> str | None:
+        raise AssertionError
+
+    async def stop(self) -> str | None:
+        raise AssertionError
+
+    async def close(self) -> None:
+        raise AssertionError
+
+
+def consumer(url: str, **more: object) -> ConsumerSettings:
+    return ConsumerSettings(name="one", url=url, **more)
+
+
+async def ok(_request: web.Request) -> web.Response:
+    return web.Response(text="fine")
+
+
+async def test_any_2xx_is_healthy(session):
+    async def no_content(_request: web.Request) -> web.Response:
+        return web.Response(status=204)
+
+    for handler in (ok, no_content):
+        async with serving(handler) as url:
+            assert await probe(session, consumer(url), 5) == ProbeFacts(healthy=True)
+
+
+async def test_the_health_path_is_asked_with_its_method_and_the_consumers_headers(session):
+    asked = []
+
+    async def keep(request: web.Request) -> web.Response:
+        asked.append((request.method, request.path_qs, request.headers.get("X-Key")))
+        return web.Response()
+
+    async with serving(keep) as url:
+        health = Endpoint(path="/system_stats?x=1", method="HEAD")
+        settings = consumer(url, health=health, headers={"X-Key": "k"})
+        assert (await probe(session, settings, 5)).healthy
+    assert asked == [("HEAD", "/system_stats?x=1", "k")]
+
+
+@pytest.mark.parametrize("status", [302, 404, 500, 503])
+async def test_another_status_is_a_failure_of_that_kind(session, status):
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=status, text="secret words", headers={"Location": "/"})
+
+    async with serving(answer) as url:
+        assert await probe(session, consumer(url), 5) == ProbeFacts(
+            healthy=False, failure="status", error=f"http_{status}"
+        )
+
+
+async def test_nobody_there_is_refused(session):
+    url = f"http://127.0.0.1:{free_port()}"
+    facts = await probe(session, consumer(url), 5)
+    assert facts == ProbeFacts(healthy=False, failure="refused", error="refused")
+
+
+async def test_no_answer_in_time_is_a_timeout(session):
+    async def hang(_request: web.Request) -> web.Response:
+        await asyncio.sleep(30)
+        return web.Response()
+
+    async with serving(hang) as url:
+        facts = await probe(session, consumer(url), 0.1)
+        assert facts == ProbeFacts(healthy=False, failure="timeout", error="timeout")
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (b"", "disconnected"),
+        (b"nonsense\r\n\r\n", "bad_answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", "disconnected"),
+    ],
+)
+async def test_what_is_no_whole_answer_is_a_failure_of_that_kind(session, said, error):
+    async def say(_reader, writer):
+        writer.write(said)
+        await writer.drain()
+
+    async with serving_raw(say) as url:
+        facts = await probe(session, consumer(url), 5)
+        assert facts == ProbeFacts(healthy=False, failure="answer", error=error)
+
+
+async def test_an_endless_answer_is_read_to_a_bound_only(session):
+    async def pour(_reader, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            writer.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
+            await writer.drain()
+
+    async with serving_raw(pour) as url:
+        assert (await probe(session, consumer(url), 20)).healthy
+
+
+@pytest.mark.parametrize(("running", "resident"), [(True, None), (False, False), (None, None)])
+async def test_without_an_answer_the_driver_tells_whether_it_is_gone(session, running, resident):
+    url = f"http://127.0.0.1:{free_port()}"
+    facts = await probe(session, consumer(url), 5, Running(running))
+    assert facts.resident is resident
+
+
+async def test_with_a_driver_alone_who_answers_is_resident(session):
+    async with serving(ok) as url:
+        assert (await probe(session, consumer(url), 5, Running(True))).resident is True
+
+
+@pytest.mark.parametrize("routes", [{"load": (Step(path="/"),)}, {"unload": (Step(path="/"),)}])
+async def test_with_routes_of_its_own_a_probe_says_nothing_about_memory(session, routes):
+    async with serving(ok) as url:
+        facts = await probe(session, consumer(url, **routes), 5, Running(True))
+        assert (facts.healthy, facts.resident) == (True, None)
+    facts = await probe(session, consumer(url, **routes), 5, Running(False))
+    assert (facts.healthy, facts.resident) == (False, None)

@@ -1,0 +1,236 @@
+"""The runtime's one loop: it owns the scheduler's state, and nothing else changes it.
+
+An event is taken from the inbox, stamped, given to the scheduler and written to the log; only then
+its effects are begun (`carry_out.py`), and each of them comes back as an event. What is in the
+inbox is bounded by what is admitted: each job, command and look has one event in it at a time.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeAlias
+
+from mgpu_core.codec import (
+    encode_config,
+    encode_effect,
+    encode_event,
+    encode_note,
+    encode_state,
+)
+from mgpu_core.config import SECOND_US
+from mgpu_core.events import Cancel, Event, Reconfigured, Request, Shutdown, Started
+from mgpu_core.notes import Note
+from mgpu_core.planners import Planner
+from mgpu_core.scheduler import Scheduler, Transition
+from mgpu_core.state import State
+from mgpu_effects.calls import control_session
+from mgpu_effects.carry_out import Executor
+from mgpu_effects.clock import Clock
+from mgpu_effects.core_config import core_config
+from mgpu_effects.errors import BrokerError
+from mgpu_effects.event_log import EventLog, default_dir
+from mgpu_effects.jobs import Job
+from mgpu_effects.proxy import open_session
+from mgpu_effects.services import Services
+from mgpu_effects.settings import Settings
+from mgpu_effects.watch import Watch
+
+MakeEvent: TypeAlias = Callable[[int], Event]
+# Told the transition of an event once it is written and its effects have begun.
+Stepped: TypeAlias = "asyncio.Future[Transition]"
+
+_log = logging.getLogger(__name__)
+_decisions = logging.getLogger("mgpu.decisions")
+
+
+class Broker:
+    """The scheduler at work on real services.
+
+    `failed` is set when the scheduler itself turned out to be defective: what is served goes on,
+    nothing more is granted, and the process had better end.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        log_dir: Path | None = None,
+        planner: Planner | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.settings = settings
+        self.run = secrets.token_hex(4)
+        self.failed = asyncio.Event()
+        self._clock = clock or Clock()
+        self.started_at = self._clock.now()
+        self._scheduler = Scheduler(core_config(settings), planner)
+        self.state: State = self._scheduler.initial()
+        # Told of every step, in order; they may not raise.
+        self.observers: list[Callable[[Transition], None]] = []
+        self._seq = 0
+        # None ends the loop, after all that came before it.
+        self._inbox: asyncio.Queue[tuple[MakeEvent, Stepped | None] | None] = asyncio.Queue()
+        configured = settings.event_log.dir
+        self._event_log = EventLog(
+            log_dir or (Path(configured) if configured else default_dir()),
+            settings.event_log,
+            self.run,
+            version("mgpu"),
+            lambda: (encode_config(self.state.config), encode_state(self.state)),
+        )
+
+    # ------------------------------------------------------------------------ start, stop, reload
+
+    async def start(self) -> None:
+        """Begin; raises EventLogError where the log can't be written."""
+        self._event_log.open(self._seq + 1)
+        self._session = open_session()
+        self._control = control_session()
+        self._services = Services(self._control, on_exit=self._look_at)
+        self._watch = Watch(self._services, self._clock, self.post)
+        self._executor = Executor(
+            self._services, self._watch, self._session, self._clock, self.post
+        )
+        self._services.configure(self.settings, self.state.config)
+        await self._watch.configure(self.settings)
+        self._watch.follow(self.state.consumers)
+        self._loop = asyncio.create_task(self._run())
+        await self.apply(lambda at: Started(at=at, run=self.run))
+
+    async def stop(self) -> None:
+        """Refuse what waits, give what is served its time, then end everything."""
+        with contextlib.suppress(BrokerError):
+            await self.apply(lambda at: Shutdown(at=at))
+        await self._executor.finish_serving(self.settings.scheduler.shutdown_grace_s)
+        await self._watch.close()
+        await self._executor.close()
+        self._inbox.put_nowait(None)
+        await self._loop
+        await self._services.close()
+        await self._session.close()
+        await self._control.close()
+        await self._event_log.close()
+
+    async def reload(self, settings: Settings) -> None:
+        """Let a checked new configuration take over; nothing resident or admitted is lost.
+
+        `listen` and `event_log` take a restart.
+        """
+        config = core_config(settings)
+        self._services.configure(settings, config)
+        self.settings = settings
+        await self.apply(lambda at: Reconfigured(at=at, config=config))
+        await self._watch.configure(settings)
+
+    # ------------------------------------------------------------------------------------- jobs
+
+    def submit(self, job: Job) -> None:
+        """Take over the job; `job.done` is set when its client has been answered."""
+        wait_us = None if job.max_wait_s is None else int(job.max_wait_s * SECOND_US)
+        self._executor.add(job)
+        self.post(
+            lambda at: Request(
+                at=at,
+                request=job.request,
+                consumer=job.consumer,
+                kind=job.kind,
+                priority=job.priority,
+                deadline=None if wait_us is None else at + wait_us,
+            )
+        )
+
+    def relay(self, job: Job) -> None:
+        """Take over a job that needs no GPU: it is served at once, without the scheduler."""
+        self._executor.relay(job)
+
+    def leave(self, request: str) -> None:
+        """The client has gone: out of the queue, or as `on_client_gone` says while it is served."""
+        job = self._executor.get(request)
+        if job is not None:
+            job.gone.set()
+            self.post(lambda at: Cancel(at=at, request=request))
+
+    def cancel(self, request: str) -> bool:
+        """An operator ends the request, its client gets `cancelled`; False: there is none."""
+        if self._executor.get(request) is None:
+            return False
+        self.post(lambda at: Cancel(at=at, request=request))
+        return True
+
+    def _look_at(self, consumer: str) -> None:
+        self._watch.probe(consumer)
+
+    # --------------------------------------------------------------------------------- the loop
+
+    def post(self, make: MakeEvent) -> None:
+        """Hand in an event; it is made with the time at which it is taken."""
+        self._inbox.put_nowait((make, None))
+
+    async def apply(self, make: MakeEvent) -> Transition:
+        """Hand in an event and wait for its step; raises `scheduler_error` if there is none."""
+        stepped: Stepped = asyncio.get_running_loop().create_future()
+        self._inbox.put_nowait((make, stepped))
+        return await stepped
+
+    async def _run(self) -> None:
+        while (entry := await self._inbox.get()) is not None:
+            make, stepped = entry
+            transition = self._advance(make)
+            if stepped is None or stepped.done():
+                continue
+            if transition is None:
+                stepped.set_exception(_out_of_order())
+            else:
+                stepped.set_result(transition)
+
+    def _advance(self, make: MakeEvent) -> Transition | None:
+        """Take one event. A defect of the scheduler ends its work, never the loop."""
+        if not self.failed.is_set():
+            try:
+                return self._step(make(max(self._clock.now(), self.state.at)))
+            except Exception:  # noqa: BLE001 - whatever it is, what is served goes on
+                _log.critical("a defect of the scheduler after event %d", self._seq, exc_info=True)
+                self.failed.set()
+        for request in self._executor.waiting():
+            self._executor.refuse(request, _out_of_order())
+        return None
+
+    def _step(self, event: Event) -> Transition:
+        before = self.state
+        transition = self._scheduler.step(before, event)
+        self._seq += 1
+        self.state = transition.state
+        self._event_log.append(
+            self._seq,
+            transition.state.at,
+            encode_event(event),
+            [encode_effect(effect) for effect in transition.effects],
+            [encode_note(note) for note in transition.notes],
+        )
+        for note in transition.notes:
+            _decisions.info("%s", _line(note))
+        for effect in transition.effects:
+            self._executor.carry_out(effect)
+        if isinstance(event, Cancel):
+            self._executor.cancel(event.request)
+        if self.state.consumers.keys() != before.consumers.keys():
+            self._watch.follow(self.state.consumers)
+            self._executor.forget_all_but(self.state.consumers)
+        for observe in self.observers:
+            observe(transition)
+        return transition
+
+
+def _line(note: Note) -> str:
+    encoded = encode_note(note)
+    return " ".join([encoded.pop("type"), *(f"{key}={value}" for key, value in encoded.items())])
+
+
+def _out_of_order() -> BrokerError:
+    return BrokerError(
+        code="scheduler_error", message="the scheduler failed, see the log of the broker"
+    )

@@ -1,0 +1,271 @@
+"""One job's way to its service and back: nothing is kept, nothing added but what http.md names."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import ParamSpec
+
+from aiohttp import (
+    ClientConnectorError,
+    ClientError,
+    ClientResponse,
+    ClientSession,
+    ClientTimeout,
+    ConnectionTimeoutError,
+    DummyCookieJar,
+    InvalidURL,
+    ServerDisconnectedError,
+    TCPConnector,
+    hdrs,
+)
+from aiohttp.connector import Connection
+from attrs import define
+from multidict import CIMultiDict
+from yarl import URL
+
+from mgpu_core.events import Outcome
+from mgpu_effects.errors import BrokerError
+from mgpu_effects.jobs import Headers, Job
+from mgpu_effects.settings import ConsumerSettings
+
+P = ParamSpec("P")
+
+# Servers close idle connections after 5 s, some sooner: a POST on a stale one would be lost.
+KEEPALIVE_S = 2
+MAX_FIELD_BYTES = 64 * 1024
+# How long cutting a client off may take.
+CUT_S = 5
+
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+# What is the broker's own to say: the body is whole by now, and Host is the upstream's.
+REPLACED = frozenset(
+    {b"content-length", b"expect", b"host", b"x-forwarded-host", b"x-forwarded-proto"}
+)
+
+OUTCOMES: Mapping[str, Outcome] = {
+    "bad_consumer_url": "upstream_error",
+    "consumer_unreachable": "upstream_error",
+    "upstream_disconnected": "upstream_error",
+    "upstream_timeout": "timeout",
+}
+
+
+class _Response(ClientResponse):
+    async def start(self, connection: Connection) -> ClientResponse:
+        """Give up at once: a polite close waits until a service that reads nothing has read all."""
+        transport = connection.transport
+        try:
+            return await super().start(connection)
+        except BaseException:
+            if transport is not None:
+                transport.abort()
+            raise
+
+
+def open_session() -> ClientSession:
+    """Give a client that changes nothing on its own; to be closed by the caller."""
+    return ClientSession(
+        connector=TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=KEEPALIVE_S),
+        response_class=_Response,
+        cookie_jar=DummyCookieJar(),
+        auto_decompress=False,
+        timeout=ClientTimeout(total=None),
+        skip_auto_headers=(
+            hdrs.ACCEPT,
+            hdrs.ACCEPT_ENCODING,
+            hdrs.CONTENT_TYPE,
+            hdrs.USER_AGENT,
+        ),
+        max_line_size=MAX_FIELD_BYTES,
+        max_field_size=MAX_FIELD_BYTES,
+    )
+
+
+async def serve(job: Job, session: ClientSession, consumer: ConsumerSettings) -> Outcome:
+    """Proxy the job and answer its client, with an error of ours where the service gave nothing.
+
+    Returns when the service's work is over, which with `on_client_gone: drain` may be long after
+    the client left. Cancelled, it closes the call and leaves the client to the caller.
+    """
+    return await _Exchange(job, session, consumer).run()
+
+
+@define
+class _Exchange:
+    job: Job
+    session: ClientSession
+    consumer: ConsumerSettings
+    status: int = 0  # of the answer, 0 before its head came
+    complete: bool = False  # the client took the whole answer
+    sending: asyncio.Timeout | None = None  # what is being handed to the client
+
+    async def run(self) -> Outcome:
+        failure: Exception | None = None
+        whole = asyncio.timeout(self.consumer.timeout_s.total)
+        try:
+            async with whole:
+                leaving = asyncio.create_task(self._leave_when_gone(whole))
+                try:
+                    await self._relay()
+                finally:
+                    leaving.cancel()
+                self.complete = not self.job.gone.is_set()
+                # From here on the client may close: it has all but the news that this was all.
+                await self._send(self.job.responder.finish)
+        except (ClientError, OSError) as error:
+            failure = error
+        if self.complete:
+            return "upstream_error" if self.status >= 500 else "ok"
+        if self.job.gone.is_set():
+            return "disconnected"
+        assert failure is not None, "neither complete nor gone nor failed"
+        told = self._explain(failure, whole)
+        await self._fail(told)
+        return OUTCOMES[told.code]
+
+    async def _relay(self) -> None:
+        limits = self.consumer.timeout_s
+        request = self.session.request(
+            self.job.method,
+            URL(self.consumer.url.rstrip("/") + self.job.path, encoded=True),
+            headers=_request_headers(self.job, self.consumer),
+            data=self.job.body.chunks() if self.job.body.size else None,
+            allow_redirects=False,
+            timeout=ClientTimeout(total=None, connect=limits.connect),
+        )
+        async with asyncio.timeout(limits.connect + limits.first_byte):
+            upstream = await request
+        async with upstream:
+            if upstream.status < 200:
+                raise ServerDisconnectedError("it switched protocols unasked")
+            self.status = upstream.status
+            responder = self.job.responder
+            headers = _response_headers(self.job, upstream)
+            await self._send(responder.start, upstream.status, headers)
+            while chunk := await self._next_chunk(upstream):
+                await self._send(responder.write, chunk)
+
+    async def _next_chunk(self, upstream: ClientResponse) -> bytes:
+        """Give what has come by now; empty at the end."""
+        async with asyncio.timeout(self.consumer.timeout_s.idle):
+            return await upstream.content.readany()
+
+    async def _send(
+        self, send: Callable[P, Awaitable[None]], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Have the client take it; one that takes nothing for too long counts as gone."""
+        if self.job.gone.is_set():
+            return
+        try:
+            async with asyncio.timeout(self.consumer.timeout_s.client_write) as self.sending:
+                await send(*args, **kwargs)
+        except TimeoutError:
+            if not self.job.gone.is_set():
+                await self._fail(self._error("cancelled", "had a client that took nothing"))
+                self.job.gone.set()
+        except OSError:
+            self.job.gone.set()
+        finally:
+            self.sending = None
+
+    async def _leave_when_gone(self, whole: asyncio.Timeout) -> None:
+        await self.job.gone.wait()
+        drained = self.consumer.on_client_gone == "drain"
+        scope = self.sending if drained else whole
+        if scope is not None:
+            scope.reschedule(0)
+
+    async def _fail(self, error: BrokerError) -> None:
+        try:
+            async with asyncio.timeout(CUT_S):
+                await self.job.responder.fail(error)
+        except OSError:
+            self.job.gone.set()  # nobody is there to be told
+
+    def _explain(self, failure: Exception, whole: asyncio.Timeout) -> BrokerError:
+        match failure:
+            case ClientConnectorError() | ConnectionTimeoutError():
+                return self._error("consumer_unreachable", "could not be reached", retryable=True)
+            case TimeoutError():
+                # Not to be tried again by itself: the service may still be at work on it.
+                return self._error("upstream_timeout", self._slowness(whole))
+            case InvalidURL():
+                return self._error("bad_consumer_url", "has no usable URL")
+            case _:
+                return self._error("upstream_disconnected", "broke off its answer", retryable=True)
+
+    def _slowness(self, whole: asyncio.Timeout) -> str:
+        limits = self.consumer.timeout_s
+        if whole.expired():
+            return f"did not finish its answer within {limits.total} s"
+        if self.status:
+            return f"sent nothing more for {limits.idle} s"
+        return f"did not begin to answer within {limits.first_byte} s"
+
+    def _error(self, code: str, what: str, *, retryable: bool = False) -> BrokerError:
+        name = self.consumer.name
+        return BrokerError(code=code, message=f"{name} {what}", consumer=name, retryable=retryable)
+
+
+def _request_headers(job: Job, consumer: ConsumerSettings) -> CIMultiDict[str]:
+    """Give the client's headers less what ends or is replaced here, then the configured ones."""
+    headers = CIMultiDict(
+        (_text(name), _text(value))
+        for name, value in _end_to_end(job.headers)
+        if name.lower() not in REPLACED
+    )
+    if job.body.size:
+        headers[hdrs.CONTENT_LENGTH] = str(job.body.size)
+    if job.client is not None:
+        headers[hdrs.X_FORWARDED_FOR] = ", ".join(
+            [*headers.popall(hdrs.X_FORWARDED_FOR, ()), job.client]
+        )
+    headers[hdrs.X_FORWARDED_PROTO] = job.scheme
+    if job.host is not None:
+        headers[hdrs.X_FORWARDED_HOST] = job.host
+    for name, value in consumer.headers.items():
+        headers[name] = value
+    return headers
+
+
+def _response_headers(job: Job, upstream: ClientResponse) -> Headers:
+    granted = job.submitted if job.granted is None else job.granted
+    return [
+        *_end_to_end(upstream.raw_headers),
+        (b"x-mgpu-request", job.request.encode()),
+        (b"x-mgpu-consumer", job.consumer.encode()),
+        (b"x-mgpu-queue-ms", b"%d" % ((granted - job.submitted) // 1000)),
+        (b"x-mgpu-load-ms", b"%d" % (job.loading_us // 1000)),
+    ]
+
+
+def _end_to_end(headers: Headers) -> Iterator[tuple[bytes, bytes]]:
+    """Leave out what is for one connection only, and what is between a client and a broker."""
+    named = frozenset(
+        token.strip().lower()
+        for name, value in headers
+        if name.lower() == b"connection"
+        for token in value.split(b",")
+    )
+    for name, value in headers:
+        lower = name.lower()
+        if lower not in HOP_BY_HOP and lower not in named and not lower.startswith(b"x-mgpu-"):
+            yield name, value
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")

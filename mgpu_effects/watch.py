@@ -1,0 +1,139 @@
+"""Looking at the cards and the services: every so often and when asked, one look at a time."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Collection
+
+import attrs
+
+from mgpu_core.events import Event, GpuReading, GpuSample, ProbeResult
+from mgpu_effects.clock import Clock
+from mgpu_effects.gpu import SampleError, Sampler, make_sampler
+from mgpu_effects.probes import ProbeFacts
+from mgpu_effects.services import Services
+from mgpu_effects.settings import Settings
+
+# What samplers and drivers take at most, beside the time that is set for a probe.
+PATIENCE_S = 10
+
+_log = logging.getLogger(__name__)
+
+
+class Repeater:
+    """Does it every `interval_s` after the last time, and as soon as it can when asked."""
+
+    def __init__(self, action: Callable[[], Awaitable[None]], interval_s: float) -> None:
+        self.interval_s = interval_s
+        self._action = action
+        self._asked = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    def ask(self) -> None:
+        self._asked.set()
+
+    def stop(self) -> None:
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.interval_s):
+                    await self._asked.wait()
+            self._asked.clear()
+            await self._action()
+
+
+class Watch:
+    """Posts a `GpuSample` or a `ProbeResult` for each look, whatever happens to it."""
+
+    def __init__(
+        self, services: Services, clock: Clock, post: Callable[[Callable[[int], Event]], None]
+    ) -> None:
+        self._services = services
+        self._clock = clock
+        self._post = post
+        self._settings = Settings()
+        self._sampler: Sampler | None = None
+        self._sampling: Repeater | None = None
+        self._probing: dict[str, Repeater] = {}
+
+    async def configure(self, settings: Settings) -> None:
+        old, self._settings = self._settings, settings
+        if self._sampler is None or old.gpus != settings.gpus:
+            await self._replace_sampler(make_sampler(settings.gpus))
+        interval_s = min((gpu.poll_interval_s for gpu in settings.gpus), default=2)
+        if self._sampling is None:
+            self._sampling = Repeater(self._sample, interval_s)
+        self._sampling.interval_s = interval_s
+        for repeater in self._probing.values():
+            repeater.interval_s = settings.probe.interval_s
+
+    def follow(self, names: Collection[str]) -> None:
+        """Probe these consumers from now on, and no others."""
+        for name in [name for name in self._probing if name not in names]:
+            self._probing.pop(name).stop()
+        for name in names:
+            if name not in self._probing:
+                interval_s = self._settings.probe.interval_s
+                self._probing[name] = Repeater(self._prober(name), interval_s)
+
+    def sample(self) -> None:
+        if self._sampling is not None:
+            self._sampling.ask()
+
+    def probe(self, name: str) -> None:
+        if name in self._probing:
+            self._probing[name].ask()
+
+    async def close(self) -> None:
+        for repeater in self._probing.values():
+            repeater.stop()
+        if self._sampling is not None:
+            self._sampling.stop()
+        await self._replace_sampler(None)
+
+    async def _replace_sampler(self, sampler: Sampler | None) -> None:
+        old, self._sampler = self._sampler, sampler
+        if old is not None:
+            await old.close()
+
+    async def _sample(self) -> None:
+        taken = self._clock.now()
+        gpus: tuple[GpuReading, ...] = ()
+        error: str | None = None
+        try:
+            assert self._sampler is not None
+            async with asyncio.timeout(PATIENCE_S):
+                gpus = await self._sampler.read()
+        except SampleError as failed:
+            error = failed.code
+        except TimeoutError:
+            error = "timeout"
+        except Exception:  # noqa: BLE001 - whatever it is, it is an event
+            _log.exception("a defect in reading the GPUs")
+            error = "internal_error"
+        self._post(lambda at: GpuSample(at=at, taken=taken, gpus=gpus, error=error))
+
+    def _prober(self, name: str) -> Callable[[], Awaitable[None]]:
+        async def look() -> None:
+            taken = self._clock.now()
+            facts = await self._facts(name)
+            self._post(
+                lambda at: ProbeResult(
+                    at=at, consumer=name, taken=taken, **attrs.asdict(facts, recurse=False)
+                )
+            )
+
+        return look
+
+    async def _facts(self, name: str) -> ProbeFacts:
+        timeout_s = self._settings.probe.timeout_s
+        try:
+            async with asyncio.timeout(timeout_s + PATIENCE_S):
+                return await self._services.probe(name, timeout_s)
+        except TimeoutError:
+            return ProbeFacts(healthy=False, failure="timeout", error="timeout")
+        except Exception:  # noqa: BLE001 - whatever it is, it is an event
+            _log.exception("a defect in probing %s", name)
+            return ProbeFacts(healthy=False, failure="answer", error="internal_error")

@@ -1,0 +1,85 @@
+"""Orders to the services: in turn for one server, and only to those who are there."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from aiohttp import ClientSession
+from attrs import evolve
+
+from mgpu_effects.calls import control_session
+from mgpu_effects.core_config import core_config
+from mgpu_effects.services import Services
+from mgpu_effects.settings import (
+    ConsumerSettings,
+    DriverSettings,
+    ProcessDriver,
+    SchedulerSettings,
+    Settings,
+    Step,
+)
+from tests.support.upstream import Upstream, start_upstream
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    with start_upstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[ClientSession]:
+    async with control_session() as session:
+        yield session
+
+
+def services(session: ClientSession, consumer: ConsumerSettings) -> Services:
+    made = Services(session, on_exit=lambda _name: None)
+    settings = Settings(consumers={consumer.name: consumer}, scheduler=SchedulerSettings())
+    made.configure(settings, core_config(settings))
+    return made
+
+
+def routed(upstream: Upstream) -> ConsumerSettings:
+    return ConsumerSettings(
+        name="a", url=upstream.url, load=(Step(path="/load"),), unload=(Step(path="/unload"),)
+    )
+
+
+@pytest.mark.parametrize("first", ["load", "unload"])
+async def test_orders_to_one_server_are_carried_out_in_turn(session, upstream, first):
+    upstream.rule("/load", delay=0.3)
+    upstream.rule("/unload", delay=0.3)
+    made = services(session, routed(upstream))
+    orders = {"load": lambda: made.load("a"), "unload": lambda: made.unload("a", "routes")}
+    second = "unload" if first == "load" else "load"
+
+    errors = await asyncio.gather(orders[first](), orders[second]())
+
+    assert errors == [None, None]
+    stats = upstream.stats()
+    assert stats["targets"] == [f"POST /{first}", f"POST /{second}"]
+    assert stats["most_active"] == 1
+
+
+async def test_a_process_that_does_not_run_holds_nothing_to_unload(session):
+    command = ("python-that-does-not-exist",)
+    consumer = ConsumerSettings(
+        name="a",
+        url="http://127.0.0.1:9",
+        unload=(Step(path="/unload"),),
+        driver=DriverSettings(process=ProcessDriver(command=command)),
+    )
+    made = services(session, consumer)
+
+    assert await made.unload("a", "routes") is None
+    assert await made.load("a") == "not_found"
+
+
+async def test_steps_in_order_until_one_fails(session, upstream):
+    steps = (Step(path="/one"), Step(path="/two"), Step(path="/three"))
+    upstream.rule("/two", status=409)
+    made = services(session, evolve(routed(upstream), load=steps))
+
+    assert await made.load("a") == "http_409"
+    assert upstream.stats()["targets"] == ["POST /one", "POST /two"]

@@ -1,0 +1,139 @@
+"""The ASGI application: what holds for every request, around the table of operations."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from itertools import count
+from urllib.parse import unquote
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mgpu_effects.broker import Broker
+from mgpu_effects.clock import Clock
+from mgpu_effects.errors import BrokerError
+from mgpu_http.auth import check_names, cors_headers, identify, preflight_headers
+from mgpu_http.body import Intake
+from mgpu_http.exchange import Exchange, Service
+from mgpu_http.metrics import Metrics
+from mgpu_http.openapi import document
+from mgpu_http.operations import OPERATIONS, Operation
+from mgpu_http.paths import normalise
+from mgpu_http.respond import SHUTTING_DOWN, JobResponder, Reply
+
+log = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES = 64 * 1024
+
+
+def make_app(broker: Broker, clock: Clock, reload: Callable[[], Awaitable[None]]) -> ASGIApp:
+    """Give the façade of a broker. `clock` is the broker's.
+
+    `reload` reads the configuration anew, or raises `ConfigErrors`. The server has to put `cut`,
+    which resets the connection, into the `state` of each scope.
+    """
+    metrics = Metrics(lambda: broker.state)
+    broker.observers.append(metrics.observe)
+    return Facade(Service(broker=broker, clock=clock, metrics=metrics, reload=reload))
+
+
+class Facade:
+    """Gives each request an id and its way back, lets in who may, and answers what goes wrong."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._ids = count(1)
+        self._router = Router(routes(service), redirect_slashes=False, default=not_found)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
+        intake = Intake(receive)
+        reply = Reply(send, intake, scope["state"]["cut"])
+        request_id = f"{self._service.broker.run}-{next(self._ids)}"
+        reply.headers[b"x-mgpu-request"] = request_id.encode()
+        scope["state"]["exchange"] = Exchange(id=request_id, intake=intake, reply=reply)
+        responder = JobResponder(reply)
+        try:
+            app = self._admit(scope, reply) or self._router
+            await app(scope, receive, reply.send)
+        except BrokerError as error:
+            await responder.fail(error)
+        except asyncio.CancelledError:
+            if not reply.began:
+                await responder.fail(SHUTTING_DOWN)
+            raise
+        except Exception:
+            log.exception("request %s failed by a defect", request_id)
+            message = f"a defect of the broker; its log says more about {request_id}"
+            await responder.fail(BrokerError(code="internal_error", message=message))
+
+    def _admit(self, scope: Scope, reply: Reply) -> Response | None:
+        """Check what holds for all paths; a page's preflight question is answered here."""
+        settings, headers = self._service.broker.settings, Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            message = f"the headers are larger than {MAX_HEADER_BYTES} bytes"
+            raise BrokerError(code="bad_request", message=message)
+        check_names(settings, headers)
+        reply.headers.update(cors_headers(settings, headers))
+        scope["raw_path"] = normalise(scope["raw_path"])
+        scope["path"] = unquote(scope["raw_path"].decode("ascii"))
+        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            return Response(status_code=204, headers=preflight_headers(settings, headers))
+        return None
+
+
+class PathEndpoint:
+    """All operations of one path."""
+
+    def __init__(self, service: Service, operations: Mapping[str, Operation]) -> None:
+        self._service = service
+        self._operations = operations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange: Exchange = scope["state"]["exchange"]
+        request = Request(scope)
+        operation = self._operations.get(request.method)
+        if operation is None:
+            allowed = ", ".join(self._operations)
+            exchange.reply.headers[b"allow"] = allowed.encode()
+            message = f"{request.method} is not among the methods of this path: {allowed}"
+            raise BrokerError(code="method_not_allowed", message=message)
+        settings = self._service.broker.settings
+        exchange.caller = identify(settings, request.headers, operation.access)
+        response = await operation.handler(self._service, exchange, request)
+        if response is not None:
+            await response(scope, receive, send)
+
+
+def routes(service: Service) -> list[Route]:
+    by_path: dict[str, dict[str, Operation]] = {}
+    for operation in (*OPERATIONS, DESCRIPTION):
+        methods = by_path.setdefault(operation.path, {})
+        methods[operation.method] = operation
+        if operation.method == "GET":
+            methods["HEAD"] = operation
+    return [Route(path, PathEndpoint(service, methods)) for path, methods in by_path.items()]
+
+
+async def openapi(_service: Service, _exchange: Exchange, _request: Request) -> Response:
+    return JSONResponse(document((*OPERATIONS, DESCRIPTION)))
+
+
+DESCRIPTION = Operation(
+    method="GET",
+    path="/openapi.json",
+    access="open",
+    handler=openapi,
+    id="openapi",
+    summary="This description",
+    answer="OpenAPI 3.1",
+)
+
+
+async def not_found(scope: Scope, _receive: Receive, _send: Send) -> None:
+    raise BrokerError(code="not_found", message=f"nothing is at {scope['path']}")

@@ -1,0 +1,129 @@
+"""A request's body, and the only place that reads what a client sends."""
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, BinaryIO
+
+from starlette.types import Receive
+
+from mgpu_effects.errors import BrokerError
+
+MEMORY_BYTES = 1 << 20  # a body beyond this waits in a temporary file
+PIECE_BYTES = 1 << 16
+
+
+class ClientGoneError(Exception):
+    """The client has left: there is nobody to answer."""
+
+
+class SpooledBody:
+    """A body that was taken in whole: in memory up to `MEMORY_BYTES`, then in a temporary file."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._memory = bytearray()
+        self._file: BinaryIO | None = None
+
+    async def append(self, piece: bytes) -> None:
+        """Add a piece; raises OSError where the disk has no room for it."""
+        self.size += len(piece)
+        if self._file is None and self.size <= MEMORY_BYTES:
+            self._memory += piece
+            return
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by close()
+            piece = bytes(self._memory) + piece
+            self._memory.clear()
+        await asyncio.to_thread(_write_all, self._file.fileno(), piece)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for start in range(0, self.size, PIECE_BYTES):
+            if self._file is None:
+                yield bytes(self._memory[start : start + PIECE_BYTES])
+            else:
+                yield await asyncio.to_thread(os.pread, self._file.fileno(), PIECE_BYTES, start)
+
+    def close(self) -> None:
+        self._memory.clear()
+        if self._file is not None:
+            self._file.close()
+
+
+def _write_all(file: int, piece: bytes) -> None:
+    view = memoryview(piece)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+class Intake:
+    """Everything that comes from one client during one request, read from first to last.
+
+    There is one reader at any time, and always one: a body that nobody wants is thrown away.
+    Left unread it would fill Hypercorn's queue of ten messages and block the connection for ever,
+    our answer and the news of the client's departure included.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._watcher: asyncio.Task[None] | None = None
+        # The body came to its end, or the client has gone.
+        self.over = asyncio.Event()
+        # The client left or half-closed; or Hypercorn has sent it the whole answer.
+        self.gone = asyncio.Event()
+
+    async def take(self, limit_bytes: int, stall_s: float) -> SpooledBody:
+        """Take the body in, then go on watching for the client's departure.
+
+        Raises `body_too_large`; `upload_timeout` when nothing comes for `stall_s` seconds; and
+        `ClientGoneError`.
+        """
+        body = SpooledBody()
+        try:
+            while not self.over.is_set():
+                message = await self._next(stall_s)
+                piece = message.get("body", b"")
+                refuse_beyond(limit_bytes, body.size + len(piece))
+                await body.append(piece)
+        except BaseException:
+            body.close()
+            raise
+        finally:
+            self.watch()
+        if self.gone.is_set():
+            body.close()
+            raise ClientGoneError
+        return body
+
+    def watch(self) -> None:
+        """Read on in the background to the end; what still comes of a body is thrown away."""
+        if self._watcher is None:
+            self._watcher = asyncio.create_task(self._read_to_the_end(), name="intake")
+
+    async def _read_to_the_end(self) -> None:
+        while not self.gone.is_set():
+            await self._next(None)
+
+    async def _next(self, stall_s: float | None) -> Mapping[str, Any]:
+        try:
+            async with asyncio.timeout(stall_s):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise BrokerError(
+                code="upload_timeout",
+                message=f"the body brought nothing for {stall_s:g} seconds",
+                retryable=True,
+            ) from error
+        if message["type"] == "http.disconnect":
+            self.gone.set()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self.over.set()
+        return message
+
+
+def refuse_beyond(limit_bytes: int, size: int) -> None:
+    if size > limit_bytes:
+        raise BrokerError(
+            code="body_too_large", message=f"the body is larger than {limit_bytes >> 20} MiB"
+        )

@@ -1,0 +1,229 @@
+"""The `mgpu` command. Exit codes: 0 done, 1 it failed or the check did, 2 usage or input."""
+
+import os
+import sys
+from argparse import (
+    SUPPRESS,
+    ArgumentParser,
+    Namespace,
+    RawDescriptionHelpFormatter,
+    _SubParsersAction,
+)
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from attrs import frozen
+
+from mgpu_http.commands import local, log, remote
+from mgpu_http.commands.output import CommandError, message
+from mgpu_http.status import VERSION
+
+DEFAULT_CONFIG = "config/consumers.yaml"
+
+Add: TypeAlias = Callable[[ArgumentParser], None]
+
+
+@frozen(kw_only=True)
+class Command:
+    """One subcommand; `name` may be two words. `add` adds its arguments."""
+
+    name: str
+    help: str
+    example: str
+    run: Callable[[Namespace], int]
+    add: tuple[Add, ...] = ()
+
+
+def config_file(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=DEFAULT_CONFIG,
+        help=f"the configuration [{DEFAULT_CONFIG}]",
+    )
+
+
+def config_or_path(parser: ArgumentParser) -> None:
+    config_file(parser)
+    parser.add_argument(
+        "config", metavar="FILE", nargs="?", default=SUPPRESS, help="the same, shorter"
+    )
+
+
+def as_json(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def broker_url(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", help=f"the broker [$MGPU_URL, else {remote.DEFAULT_URL}]; $MGPU_KEY holds the key"
+    )
+
+
+def consumer(parser: ArgumentParser) -> None:
+    parser.add_argument("consumer", metavar="CONSUMER", help="its name in the configuration")
+
+
+def force(parser: ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="at once, with what it serves")
+
+
+def request(parser: ArgumentParser) -> None:
+    parser.add_argument("request", metavar="REQUEST", help="its id, as in X-Mgpu-Request")
+
+
+def key_name(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="whose key it is")
+    parser.add_argument("--admin", action="store_true", help="it may steer, not only ask and see")
+
+
+def apply_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a configuration, or a core's as .json")
+    parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
+
+
+REMOTE: tuple[Add, ...] = (broker_url, as_json)
+
+COMMANDS = (
+    Command(
+        name="serve",
+        help="run the broker",
+        example="mgpu serve --config config/consumers.yaml",
+        run=local.serve,
+        add=(config_file,),
+    ),
+    Command(
+        name="check",
+        help="check a configuration and show all that is wrong with it",
+        example="mgpu check config/consumers.yaml",
+        run=local.check,
+        add=(config_or_path, as_json),
+    ),
+    Command(
+        name="status",
+        help="show the cards, the consumers and who waits",
+        example="mgpu status --url http://127.0.0.1:8770",
+        run=remote.status,
+        add=REMOTE,
+    ),
+    Command(
+        name="load",
+        help="bring a consumer in",
+        example="mgpu load comfyui",
+        run=remote.consumer,
+        add=(consumer, *REMOTE),
+    ),
+    Command(
+        name="unload",
+        help="send a consumer out, after what it serves",
+        example="mgpu unload comfyui --force",
+        run=remote.consumer,
+        add=(consumer, force, *REMOTE),
+    ),
+    Command(
+        name="pin",
+        help="keep a consumer from being evicted",
+        example="mgpu pin mvoice",
+        run=remote.consumer,
+        add=(consumer, *REMOTE),
+    ),
+    Command(
+        name="unpin",
+        help="let a consumer be evicted again",
+        example="mgpu unpin mvoice",
+        run=remote.consumer,
+        add=(consumer, *REMOTE),
+    ),
+    Command(
+        name="cancel",
+        help="end a request that waits or is served",
+        example="mgpu cancel 1f3a-17",
+        run=remote.cancel,
+        add=(request, *REMOTE),
+    ),
+    Command(
+        name="drain",
+        help="take no new work, finish what was admitted",
+        example="mgpu drain",
+        run=remote.broker,
+        add=REMOTE,
+    ),
+    Command(
+        name="resume",
+        help="take work again",
+        example="mgpu resume",
+        run=remote.broker,
+        add=REMOTE,
+    ),
+    Command(
+        name="reload",
+        help="have the broker read its configuration anew",
+        example="mgpu reload",
+        run=remote.broker,
+        add=REMOTE,
+    ),
+    Command(
+        name="key add",
+        help="make a key and show what goes into the configuration",
+        example="mgpu key add laptop --admin",
+        run=local.key_add,
+        add=(key_name, as_json),
+    ),
+    Command(
+        name="log apply",
+        help="apply events from standard input, and print a log line for each",
+        example='echo \'{"type": "Tick", "at": 0}\' | mgpu log apply config/consumers.yaml',
+        run=log.apply,
+        add=(apply_arguments,),
+    ),
+)
+GROUPS = {"key": "keys for clients and operators", "log": "work with event logs"}
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="mgpu", description="One address in front of the services that share a GPU."
+    )
+    parser.add_argument("--version", action="version", version=f"mgpu {VERSION}")
+    top = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    groups = {"": top}
+    for command in COMMANDS:
+        group, _, name = command.name.rpartition(" ")
+        if group not in groups:
+            inner = top.add_parser(group, help=GROUPS[group])
+            groups[group] = inner.add_subparsers(required=True, metavar="COMMAND")
+        add_command(groups[group], name, command)
+    return parser
+
+
+def add_command(group: "_SubParsersAction[ArgumentParser]", name: str, command: Command) -> None:
+    parser = group.add_parser(
+        name,
+        help=command.help,
+        description=command.help,
+        epilog=f"example:\n  {command.example}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    for add in command.add:
+        add(parser)
+    parser.set_defaults(run=command.run)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code."""
+    parsed = make_parser().parse_args(arguments)
+    try:
+        code: int = parsed.run(parsed)
+    except CommandError as error:
+        message(f"mgpu: {error}")
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

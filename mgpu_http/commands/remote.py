@@ -1,0 +1,166 @@
+"""The commands that speak to a running broker."""
+
+import json
+import os
+import urllib.error
+import urllib.request
+from argparse import Namespace
+from typing import Any
+from urllib.parse import quote
+
+from mgpu_http.commands.output import DONE, FAILED, USAGE, CommandError, document, result, table
+
+DEFAULT_URL = "http://127.0.0.1:8770"
+TIMEOUT_S = 30
+# Of our own error codes: what the user got wrong, rather than what went wrong.
+USERS_OWN = {"no_consumer", "not_found"}
+
+
+def call(arguments: Namespace, method: str, path: str) -> Any:
+    """Ask the broker; raises `CommandError` with its message where it refuses."""
+    url = (arguments.url or os.environ.get("MGPU_URL") or DEFAULT_URL).rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise CommandError(f"{url} is no http or https URL", USAGE)
+    request = urllib.request.Request(url + path, method=method)  # noqa: S310 - checked above
+    if key := os.environ.get("MGPU_KEY"):
+        request.add_header("Authorization", f"Bearer {key}")
+    # Not through a proxy of the environment: the broker is on this host or beside it.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=TIMEOUT_S) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise _refused(error) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise CommandError(f"no broker answers at {url}: {reason}") from error
+
+
+def _refused(error: urllib.error.HTTPError) -> CommandError:
+    try:
+        told = json.load(error)
+        code, text = told["error"], told["message"]
+    except (ValueError, KeyError, TypeError):
+        return CommandError(f"the answer is HTTP {error.code}: is this a broker?")
+    return CommandError(f"{code}: {text}", USAGE if code in USERS_OWN else FAILED)
+
+
+def consumer(arguments: Namespace) -> int:
+    """load, unload, pin and unpin."""
+    query = "?force=1" if getattr(arguments, "force", False) else ""
+    name = quote(arguments.consumer, safe="")
+    answer = call(arguments, "POST", f"/v1/consumers/{name}/{arguments.command}{query}")
+    if arguments.json:
+        document(answer)
+    else:
+        result(f"{answer['consumer']} is {answer['residency']}")
+        for note in answer["notes"]:
+            result("  " + ", ".join(f"{key} {value}" for key, value in note.items()))
+    return DONE
+
+
+def cancel(arguments: Namespace) -> int:
+    answer = call(arguments, "DELETE", f"/v1/requests/{quote(arguments.request, safe='')}")
+    if arguments.json:
+        document(answer)
+    else:
+        result(f"{answer['request']} is cancelled")
+    return DONE
+
+
+def broker(arguments: Namespace) -> int:
+    """drain, resume and reload."""
+    answer = call(arguments, "POST", f"/v1/{arguments.command}")
+    if arguments.json:
+        document(answer)
+    elif arguments.command == "reload":
+        result("the configuration was read anew")
+    else:
+        result("no new work is taken" if answer["draining"] else "work is taken")
+    return DONE
+
+
+def status(arguments: Namespace) -> int:
+    answer = call(arguments, "GET", "/v1/status")
+    if arguments.json:
+        document(answer)
+    else:
+        result(screen(answer))
+    return DONE
+
+
+def screen(told: dict[str, Any]) -> str:
+    """Show a status on one screen."""
+    scheduler = told["scheduler"]
+    state = "draining" if told["draining"] else "serving"
+    summary = (
+        f"mgpu {told['version']}, run {told['run']}, {state}: {scheduler['in_flight']} in flight,"
+        f" {scheduler['queue_depth']} waiting, {scheduler['total_jobs']} jobs,"
+        f" {scheduler['loads']} loads, {scheduler['evictions']} evictions"
+    )
+    parts = [
+        summary,
+        table(
+            ("GPU", "USED MIB", "FREE MIB", "TOTAL MIB", "ERROR"),
+            [
+                [gpu[key] for key in ("index", "used_mib", "free_mib", "total_mib", "error")]
+                for gpu in told["gpu"]
+            ],
+        ),
+        table(
+            (
+                "CONSUMER",
+                "HEALTH",
+                "MEMORY",
+                "SOURCE",
+                "MIB",
+                "ACTIVE",
+                "WAITING",
+                "TOTAL",
+                "MARKS",
+            ),
+            [_consumer_cells(name, row) for name, row in told["consumers"].items()],
+        ),
+    ]
+    if told["requests"]:
+        parts.append(
+            table(
+                ("REQUEST", "CONSUMER", "KIND", "STATE", "PLACE", "WAITED MS", "WHY"),
+                [_request_cells(row) for row in told["requests"]],
+            )
+        )
+    return "\n\n".join(parts)
+
+
+HEALTH = {True: "ok", False: "down", None: None}
+
+
+def _consumer_cells(name: str, row: dict[str, Any]) -> list[object]:
+    marks = [mark for mark in ("owed", "leaky", "pinned") if row[mark]]
+    if row["cooldown_until"] is not None:
+        marks.append("cooling down")
+    return [
+        name,
+        row["error"] or HEALTH[row["healthy"]],
+        row["residency"],
+        row["residency_source"],
+        row["gpu_resident_mib"],
+        row["active"],
+        row["waiting"],
+        row["total_requests"],
+        ", ".join(marks),
+    ]
+
+
+def _request_cells(row: dict[str, Any]) -> list[object]:
+    why = row["why"]
+    place = row["position"]
+    return [
+        row["id"],
+        row["consumer"],
+        row["kind"],
+        row["state"] + (", promoted" if row["promoted"] else ""),
+        place,
+        row["waited_ms"],
+        " ".join([why["reason"], *why["who"]]) if why else None,
+    ]

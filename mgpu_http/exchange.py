@@ -1,0 +1,32 @@
+"""One request of one client, as the handlers see it, and the broker that they ask."""
+
+from collections.abc import Awaitable, Callable
+
+from attrs import define, field
+
+from mgpu_effects.broker import Broker
+from mgpu_effects.clock import Clock
+from mgpu_http.auth import Caller
+from mgpu_http.body import Intake
+from mgpu_http.metrics import Metrics
+from mgpu_http.respond import Reply
+
+
+@define(kw_only=True, eq=False)
+class Exchange:
+    """What one request is answered with."""
+
+    id: str  # ours: X-Mgpu-Request
+    intake: Intake
+    reply: Reply
+    caller: Caller = field(factory=Caller)
+
+
+@define(kw_only=True, eq=False)
+class Service:
+    """What lives as long as the server. `reload` raises `ConfigErrors`."""
+
+    broker: Broker
+    clock: Clock
+    metrics: Metrics
+    reload: Callable[[], Awaitable[None]]

@@ -1,0 +1,100 @@
+"""Everything that the façade answers, as a table: routes, rights and the API's description."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeAlias
+
+from attrs import frozen
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mgpu_effects.settings import KINDS
+from mgpu_http import steer, work
+from mgpu_http.auth import Access
+from mgpu_http.exchange import Exchange, Service
+
+# A handler gives the answer, or None where the broker has answered.
+Handler: TypeAlias = Callable[[Service, Exchange, Request], Awaitable[Response | None]]
+
+
+@frozen(kw_only=True)
+class Operation:
+    """One method of one path. `parameters` are optional: name, where it stands, what it means."""
+
+    method: str
+    path: str
+    access: Access
+    handler: Handler
+    id: str
+    summary: str
+    answer: str
+    parameters: tuple[tuple[str, str, str], ...] = ()
+    takes_body: bool = False
+
+
+MAX_WAIT = ("X-Mgpu-Max-Wait", "header", "how many seconds it may wait")
+PRIORITY = ("X-Mgpu-Priority", "header", "0 low to 4 urgent, at most the consumer's or the key's")
+FORCE = ("force", "query", "1: at once, with what it serves")
+
+WORK = tuple(
+    Operation(
+        method="POST",
+        path=f"/v1/{kind}",
+        access="client",
+        handler=partial(work.work, kind=kind),
+        id=kind,
+        summary=f"Work of the kind {kind}, by whoever is routed for it",
+        answer="the service's own answer",
+        parameters=(MAX_WAIT, PRIORITY),
+        takes_body=True,
+    )
+    for kind in KINDS
+)
+
+STEERING = tuple(
+    Operation(
+        method="POST",
+        path=f"/v1/consumers/{{name}}/{id_}",
+        access="admin",
+        handler=handler,
+        id=id_,
+        summary=summary,
+        answer="what became of it, and why",
+        parameters=parameters,
+    )
+    for id_, handler, summary, parameters in (
+        ("load", steer.load, "Bring a consumer in", ()),
+        ("unload", steer.unload, "Send a consumer out, after what it serves", (FORCE,)),
+        ("pin", steer.pin, "Keep a consumer from being evicted", ()),
+        ("unpin", steer.unpin, "Let a consumer be evicted again", ()),
+    )
+)
+
+
+PLAIN_ROWS: tuple[tuple[str, str, Access, Handler, str, str], ...] = (
+    ("GET", "/audio/{path:path}", "client", work.audio, "audio", "Files of `audio_proxy`"),
+    ("GET", "/", "open", steer.about, "about", "What this is"),
+    ("GET", "/healthz", "open", steer.health, "health", "Whether the broker lives"),
+    ("GET", "/v1/status", "client", steer.status, "status", "Everything at a glance"),
+    ("GET", "/metrics", "client", steer.metrics, "metrics", "The same for Prometheus"),
+    ("GET", "/v1/requests/{id}", "client", steer.one_request, "request", "One request"),
+    ("DELETE", "/v1/requests/{id}", "admin", steer.cancel, "cancel", "Cancel a request"),
+    ("POST", "/v1/drain", "admin", steer.drain, "drain", "Take no new work"),
+    ("POST", "/v1/resume", "admin", steer.resume, "resume", "Take work again"),
+    ("POST", "/v1/reload", "admin", steer.reload, "reload", "Read the configuration anew"),
+)
+
+PLAIN = tuple(
+    Operation(
+        method=method,
+        path=path,
+        access=access,
+        handler=handler,
+        id=id_,
+        summary=summary,
+        answer=summary,
+    )
+    for method, path, access, handler, id_, summary in PLAIN_ROWS
+)
+
+OPERATIONS: tuple[Operation, ...] = (*WORK, *PLAIN, *STEERING)

@@ -1,0 +1,114 @@
+"""The way back to a client: one for every answer, and what the proxy sees of it."""
+
+import asyncio
+from collections.abc import Callable
+from email.utils import formatdate
+
+from starlette.responses import JSONResponse
+from starlette.types import Message, Send
+
+from mgpu_effects.errors import BrokerError
+from mgpu_effects.jobs import Headers
+from mgpu_http.body import Intake
+
+LINGER_S = 2.0
+SHUTTING_DOWN = BrokerError(code="shutting_down", message="the broker shuts down", retryable=True)
+
+
+class Reply:
+    """ASGI's `send` of one request, with the headers that every answer carries.
+
+    It sends nothing to a client that has gone. What cannot be completed is cut off by a reset:
+    after a mere close an answer without a length would look complete, and a client that reads
+    nothing would keep its connection.
+    """
+
+    def __init__(self, send: Send, intake: Intake, cut: Callable[[], None]) -> None:
+        self._send = send
+        self._intake = intake
+        self._cut = cut
+        self.began = False
+        self.over = False  # it is complete, or was cut off
+        self.status: int | None = None
+        self.headers: dict[bytes, bytes] = {}
+
+    async def send(self, message: Message) -> None:
+        self._intake.watch()
+        if self._intake.gone.is_set() or self.over:
+            return
+        if message["type"] == "http.response.start":
+            if self.began:
+                self.cut()
+                return
+            self.began = True
+            self.status = message["status"]
+            message = {**message, "headers": self._merged(message.get("headers", ()))}
+        elif not message.get("more_body", False):
+            await self._linger(message)
+            self.over = True
+        await self._send(message)
+
+    def cut(self) -> None:
+        """End the connection with a reset, whatever was sent."""
+        self.over = True
+        self._cut()
+
+    def _merged(self, headers: Headers) -> list[tuple[bytes, bytes]]:
+        ours = self.headers.keys() - {b"vary"}
+        kept = [(name, value) for name, value in headers if name.lower() not in ours]
+        if not any(name.lower() == b"date" for name, _ in kept):
+            kept.append((b"date", formatdate(usegmt=True).encode()))
+        return [*kept, *self.headers.items()]
+
+    async def _linger(self, message: Message) -> None:
+        """Let a client that still uploads read the answer: a close now would reset it away."""
+        if self._intake.over.is_set():
+            return
+        await self._send({**message, "more_body": True})
+        message["body"] = b""
+        try:
+            async with asyncio.timeout(LINGER_S):
+                await self._intake.over.wait()
+        except TimeoutError:
+            pass
+
+
+class JobResponder:
+    """What the proxy answers a job through."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        self.error: BrokerError | None = None
+
+    async def start(self, status: int, headers: Headers) -> None:
+        await self._reply.send(
+            {"type": "http.response.start", "status": status, "headers": headers}
+        )
+
+    async def write(self, chunk: bytes) -> None:
+        await self._reply.send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def finish(self) -> None:
+        await self._reply.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def fail(self, error: BrokerError) -> None:
+        self.error = error
+        if self._reply.began:
+            self._reply.cut()
+            return
+        answer = error_response(error)
+        await self.start(error.status, answer.raw_headers)
+        await self._reply.send(
+            {"type": "http.response.body", "body": bytes(answer.body), "more_body": False}
+        )
+
+
+def error_response(error: BrokerError) -> JSONResponse:
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if not error.retryable:
+        headers["x-should-retry"] = "false"
+    if error.consumer is not None:
+        headers["x-mgpu-consumer"] = error.consumer
+    return JSONResponse(error.to_json(), error.status, headers)

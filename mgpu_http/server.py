@@ -1,0 +1,197 @@
+"""`mgpu serve`: the broker, its façade, signals, and an orderly end."""
+
+import asyncio
+import json
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+from attrs import evolve
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.asyncio.worker_context import WorkerContext
+from hypercorn.config import Config
+from starlette.types import ASGIApp
+
+from mgpu_effects.broker import Broker
+from mgpu_effects.clock import Clock
+from mgpu_effects.config_file import ConfigErrors, load_settings
+from mgpu_effects.errors import BrokerError
+from mgpu_http.app import make_app
+from mgpu_http.connection import Connection
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 1024
+OPEN_FILES = 8 * MAX_CONNECTIONS  # per request: its connection, the service's, a temporary file
+BACKLOG = 256
+KEEP_ALIVE_S = 20  # also how long a client may take for the head of its request
+# Beyond this Hypercorn ends the connection with a bare 431; below it the façade refuses.
+MAX_HEAD_BYTES = 128 * 1024
+LAST_ANSWERS_S = 5  # between the end of the broker and the end of all connections
+
+TOO_MANY = BrokerError(
+    code="overloaded",
+    message=f"{MAX_CONNECTIONS} connections are open, which is the limit",
+    retryable=True,
+    retry_after=1,
+)
+
+
+class Server:
+    """Accepts connections and serves them, until it is told to stop."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = ASGIWrapper(app)  # type: ignore[arg-type]
+        self._config = hypercorn_config()
+        self._context = WorkerContext(None)
+        self._listeners: list[asyncio.Server] = []
+        self.connections: set[asyncio.Task[None]] = set()
+
+    async def listen(self, sockets: Iterable[socket.socket]) -> None:
+        for sock in sockets:
+            listener = await asyncio.start_server(self._accept, sock=sock, backlog=BACKLOG)
+            self._listeners.append(listener)
+
+    def stop_accepting(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+
+    async def close(self) -> None:
+        """End idle connections now, and those that are still answered after `LAST_ANSWERS_S`."""
+        await self._context.terminated.set()
+        if self.connections:
+            await asyncio.wait(self.connections, timeout=LAST_ANSWERS_S)
+        for connection in self.connections:
+            connection.cancel()
+        await asyncio.gather(*self.connections, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self.connections) >= MAX_CONNECTIONS:
+            await turn_away(writer)
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self.connections.add(task)
+        loop = asyncio.get_running_loop()
+        try:
+            await Connection(self._app, loop, self._config, self._context, {}, reader, writer)
+        except asyncio.CancelledError:
+            pass  # by `close`; asyncio's streams would log a cancelled task as an error
+        finally:
+            self.connections.discard(task)
+
+
+def hypercorn_config() -> Config:
+    config = Config()
+    config.include_server_header = False
+    config.include_date_header = False  # the upstream's passes; `Reply` adds one of ours
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    config.h11_max_incomplete_size = MAX_HEAD_BYTES
+    config.errorlog = logging.getLogger("hypercorn.error")
+    return config
+
+
+async def turn_away(writer: asyncio.StreamWriter) -> None:
+    body = json.dumps(TOO_MANY.to_json()).encode()
+    head = (
+        f"HTTP/1.1 {TOO_MANY.status} Too Many Requests\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nRetry-After: {TOO_MANY.retry_after}\r\n"
+        "Connection: close\r\n\r\n"
+    )
+    writer.write(head.encode() + body)
+    writer.close()
+
+
+def bind(addresses: Iterable[str]) -> list[socket.socket]:
+    """Open the listening sockets; raises OSError that names the address."""
+    sockets = []
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        host = host.strip("[]")
+        try:
+            sockets.append(socket.create_server((host, int(port)), family=family_of(host)))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from error
+    return sockets
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+class Reloader:
+    """Reads the file anew, and lets the broker go on with the old one where it is wrong."""
+
+    def __init__(self, broker: Broker, path: Path) -> None:
+        self._broker = broker
+        self._path = path
+
+    async def __call__(self) -> None:
+        """Take the new configuration over; raises `ConfigErrors`."""
+        new = await asyncio.to_thread(load_settings, self._path)
+        if new.listen != self._broker.settings.listen:
+            log.warning("a new `listen` takes effect with the next start")
+            new = evolve(new, listen=self._broker.settings.listen)
+        await self._broker.reload(new)
+        log.info("%s was read anew", self._path)
+
+    async def on_signal(self) -> None:
+        try:
+            await self()
+        except ConfigErrors as errors:
+            log.warning("the old configuration goes on:\n%s", errors)
+
+
+async def serve(path: Path) -> int:
+    """Run the broker until SIGTERM or SIGINT; give the exit code.
+
+    The order of the end: accept nothing more, refuse those who wait and let those served finish
+    (`Broker.stop`), and only then close the connections.
+    """
+    clock = Clock()
+    broker = Broker(load_settings(path), clock=clock)
+    allow_open_files()
+    sockets = bind(broker.settings.listen)
+    reloader = Reloader(broker, path)
+    server = Server(make_app(broker, clock, reloader))
+    stopping = asyncio.Event()
+    reloads: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        task = asyncio.create_task(reloader.on_signal())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    await broker.start()
+    await server.listen(sockets)
+    for sock in sockets:
+        host, port = sock.getsockname()[:2]
+        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    failed = await first(stopping, broker.failed) is broker.failed
+    server.stop_accepting()
+    await broker.stop()
+    await server.close()
+    return 1 if failed else 0
+
+
+async def first(*events: asyncio.Event) -> asyncio.Event:
+    """Wait until one of them is set, and give it."""
+    waits = {asyncio.create_task(event.wait()): event for event in events}
+    done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    return waits[done.pop()]
+
+
+def allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

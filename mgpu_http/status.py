@@ -1,0 +1,126 @@
+"""GET /v1/status: what the scheduler believes, in the words of the contract.
+
+Times are microseconds since the Unix epoch, as in the event log; null: never, or not known.
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+from mgpu_core.memory import held_mib
+from mgpu_core.notes import Reason
+from mgpu_core.ordering import is_pinned, walk_order
+from mgpu_core.state import ConsumerState, Phase, RequestState, Residency, State
+
+VERSION = version("mgpu")
+
+
+def snapshot(state: State, now: int) -> dict[str, Any]:
+    """Give the whole answer of GET /v1/status; `now` in microseconds."""
+    requests = request_rows(state, now)
+    return {
+        "version": VERSION,
+        "run": state.run,
+        "draining": state.draining,
+        "gpu": gpu_rows(state),
+        "consumers": {
+            name: _consumer_row(state, name, consumer) for name, consumer in state.consumers.items()
+        },
+        "scheduler": _scheduler_row(state),
+        "requests": requests,
+    }
+
+
+def gpu_rows(state: State) -> list[dict[str, Any]]:
+    rows = []
+    for index, settings in state.config.gpus.items():
+        card = state.cards.get(index)
+        rows.append(
+            {
+                "index": index,
+                "used_mib": card and card.used_mib,
+                "free_mib": card and card.free_mib,
+                "total_mib": card.total_mib if card else settings.total_mib,
+                "at": card and card.taken,
+                "error": state.sample_error,
+            }
+        )
+    return rows
+
+
+def _consumer_row(state: State, name: str, believed: ConsumerState) -> dict[str, Any]:
+    loaded = believed.residency is Residency.RESIDENT
+    cooldowns = [c.until for c in (believed.load_cooldown, believed.unload_cooldown) if c]
+    return {
+        "healthy": believed.healthy,
+        "last_probe": believed.last_probe,
+        "error": believed.probe_error,
+        "loaded": loaded,
+        "residency": believed.residency.value,
+        "residency_source": believed.source.value,
+        "gpu_resident_mib": resident_mib(state, name) if loaded else 0,
+        "active": state.serving.get(name, 0),
+        "waiting": state.waiting.get(name, 0),
+        "total_requests": believed.total_requests,
+        "last_used": believed.last_used,
+        "owed": name in state.owed,
+        "leaky": believed.leaky_mib is not None,
+        "cooldown_until": max((until for until in cooldowns if until > state.at), default=None),
+        "pinned": is_pinned(state, name),
+    }
+
+
+def resident_mib(state: State, name: str) -> int:
+    """What it holds on all cards, as measured, else as declared."""
+    consumer = state.config.consumers[name]
+    return sum(held_mib(consumer, state.consumers[name], gpu) for gpu in consumer.vram_mib)
+
+
+def _scheduler_row(state: State) -> dict[str, Any]:
+    counters = state.counters
+    waiting = [r for r in state.requests.values() if r.phase is not Phase.SERVING]
+    return {
+        "queue_depth": len(waiting),
+        "in_flight": sum(state.serving.values()),
+        "total_jobs": counters.jobs,
+        "last_wait_ms": _ms(counters.last_wait_us),
+        "last_run_ms": _ms(counters.last_run_us),
+        "evictions": counters.evictions,
+        "loads": counters.loads,
+        "oldest_queued": min((request.at for request in waiting), default=None),
+    }
+
+
+def request_rows(state: State, now: int) -> list[dict[str, Any]]:
+    """Give a row for each admitted request: those served, those joined to a swap, the queue."""
+    promoted, others = walk_order(state)
+    places = {name: place for place, name in enumerate([*promoted, *others], start=1)}
+    rows = [
+        {
+            "id": name,
+            "consumer": request.consumer,
+            "kind": request.kind,
+            "state": request.phase.value,
+            "position": places.get(name),
+            "promoted": name in promoted,
+            "waited_ms": _waited_ms(request, now),
+            "why": _why(state.reasons.get(name)),
+        }
+        for name, request in state.requests.items()
+    ]
+    phases = list(reversed(Phase))
+    return sorted(rows, key=lambda r: (phases.index(Phase(r["state"])), r["position"] or 0))
+
+
+def _waited_ms(request: RequestState, now: int) -> int:
+    until = now if request.granted is None else request.granted
+    return max(0, until - request.at) // 1000
+
+
+def _why(reason: Reason | None) -> dict[str, Any] | None:
+    if reason is None:
+        return None
+    return {"reason": reason.why.value, "who": list(reason.who), **reason.numbers}
+
+
+def _ms(us: int | None) -> int | None:
+    return None if us is None else us // 1000

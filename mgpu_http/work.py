@@ -1,0 +1,179 @@
+"""Work for the consumers: everything that is proxied."""
+
+import math
+
+from starlette import requests
+from starlette.types import Scope
+
+from mgpu_core.effects import Reject
+from mgpu_core.events import Request
+from mgpu_core.scheduler import Scheduler
+from mgpu_effects.errors import BrokerError
+from mgpu_effects.jobs import Body, Headers, Job
+from mgpu_effects.settings import ConsumerSettings, Kind
+from mgpu_http.auth import CREDENTIALS, Caller
+from mgpu_http.body import ClientGoneError, SpooledBody, refuse_beyond
+from mgpu_http.exchange import Exchange, Service
+from mgpu_http.paths import with_query
+from mgpu_http.respond import SHUTTING_DOWN, JobResponder
+
+
+async def work(service: Service, exchange: Exchange, request: requests.Request, kind: Kind) -> None:
+    """POST /v1/KIND: the body is taken in whole, scheduled, then proxied to who does that kind.
+
+    What can be refused without the body is refused before it is read.
+    """
+    consumer = routed(service, kind)
+    endpoint = consumer.paths.get(kind)
+    if endpoint is None:
+        raise BrokerError(code="no_consumer", message=f"{consumer.name} has no path for {kind}")
+    priority = asked_priority(request, exchange.caller, consumer)
+    max_wait_s = asked_max_wait_s(request)
+    limit_bytes = service.broker.settings.max_body_mib << 20
+    refuse_beyond(limit_bytes, int(request.headers.get("content-length", "0")))
+    foresee(service, consumer.name, kind)
+    try:
+        body = await exchange.intake.take(limit_bytes, consumer.timeout_s.upload)
+    except ClientGoneError:
+        return
+    job = make_job(
+        exchange,
+        request.scope,
+        body,
+        consumer=consumer.name,
+        kind=kind,
+        method=endpoint.method,
+        path=with_query(endpoint.path, request.scope["query_string"]),
+        priority=priority,
+        max_wait_s=max_wait_s,
+    )
+    service.broker.submit(job)
+    await see_through(service, exchange, job)
+
+
+async def audio(service: Service, exchange: Exchange, request: requests.Request) -> None:
+    """GET /audio/*: proxied to the `audio_proxy` consumer, without a lease."""
+    settings = service.broker.settings
+    if service.broker.state.stopping:
+        raise SHUTTING_DOWN
+    if settings.audio_proxy is None:
+        raise BrokerError(code="no_consumer", message="no consumer is the `audio_proxy`")
+    job = make_job(
+        exchange,
+        request.scope,
+        SpooledBody(),
+        consumer=settings.audio_proxy,
+        kind="audio",
+        method=request.method,
+        path=with_query(request.scope["raw_path"].decode("ascii"), request.scope["query_string"]),
+    )
+    exchange.intake.watch()
+    service.broker.relay(job)
+    await see_through(service, exchange, job)
+
+
+async def see_through(service: Service, exchange: Exchange, job: Job) -> None:
+    """Wait until the job is over, and tell the broker when its client leaves before that.
+
+    The broker's own task works for the job: a cancelled handler must not end it half done.
+    """
+    try:
+        await exchange.intake.gone.wait()
+    finally:
+        if not exchange.reply.over:
+            service.broker.leave(job.request)
+    await job.done.wait()
+    service.metrics.count(job, outcome_of(exchange, job))
+
+
+def outcome_of(exchange: Exchange, job: Job) -> str:
+    responder = job.responder
+    assert isinstance(responder, JobResponder)
+    if responder.error is not None:
+        return responder.error.code
+    return str(exchange.reply.status) if exchange.reply.over else "gone"
+
+
+def foresee(service: Service, consumer: str, kind: Kind) -> None:
+    """Ask the scheduler what it would say now, without telling it; raises its refusal.
+
+    It is pure, so a step that nobody keeps is a question.
+    """
+    event = Request(at=service.clock.now(), request="", consumer=consumer, kind=kind)
+    state = service.broker.state
+    for effect in Scheduler(state.config).step(state, event).effects:
+        if isinstance(effect, Reject) and effect.request == event.request:
+            raise BrokerError(
+                code=effect.code,
+                message=effect.message,
+                consumer=effect.consumer,
+                retryable=effect.retryable,
+                retry_after=effect.retry_after,
+            )
+
+
+def routed(service: Service, kind: Kind) -> ConsumerSettings:
+    settings = service.broker.settings
+    name = settings.routing.get(kind)
+    if name is None or name not in settings.consumers:
+        raise BrokerError(code="no_consumer", message=f"nothing is routed for {kind}")
+    return settings.consumers[name]
+
+
+def make_job(
+    exchange: Exchange,
+    scope: Scope,
+    body: Body,
+    *,
+    consumer: str,
+    kind: str,
+    method: str,
+    path: str,
+    priority: int | None = None,
+    max_wait_s: float | None = None,
+) -> Job:
+    headers: Headers = scope["headers"]
+    host = next((value for name, value in headers if name == b"host"), None)
+    return Job(
+        request=exchange.id,
+        consumer=consumer,
+        kind=kind,
+        method=method,
+        path=path,
+        headers=[(name, value) for name, value in headers if name not in CREDENTIALS],
+        body=body,
+        responder=JobResponder(exchange.reply),
+        priority=priority,
+        max_wait_s=max_wait_s,
+        client=scope["client"][0],
+        scheme=scope["scheme"],
+        host=host.decode("latin-1") if host is not None else None,
+    )
+
+
+def asked_priority(
+    request: requests.Request, caller: Caller, consumer: ConsumerSettings
+) -> int | None:
+    """Give what X-Mgpu-Priority asks for, at most the key's, else at most the consumer's."""
+    asked = request.headers.get("x-mgpu-priority")
+    if asked is not None and asked not in {"0", "1", "2", "3", "4"}:
+        raise BrokerError(code="bad_request", message="X-Mgpu-Priority is a number from 0 to 4")
+    limit = caller.key.priority if caller.key else None
+    if asked is None:
+        return None if limit is None else min(limit, consumer.priority)
+    return min(int(asked), consumer.priority if limit is None else limit)
+
+
+def asked_max_wait_s(request: requests.Request) -> float | None:
+    asked = request.headers.get("x-mgpu-max-wait")
+    if asked is None:
+        return None
+    try:
+        seconds = float(asked)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise BrokerError(
+            code="bad_request", message="X-Mgpu-Max-Wait is a number of seconds above 0"
+        )
+    return seconds

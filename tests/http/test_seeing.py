@@ -1,0 +1,171 @@
+"""http.md section 3: seeing and steering."""
+
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.facade import Facade, config, facade
+from tests.support.upstream import Upstream
+
+ROUTES = {"load": {"path": "/load"}, "unload": {"path": "/unload"}}
+
+
+def two(upstream: Upstream) -> dict[str, Any]:
+    """`worker` and `other`, of whom only one fits; both count as resident at the start."""
+    content = config(upstream, worker={"vram_resident_mib": 15000, **ROUTES})
+    content["consumers"]["other"] = {
+        "url": upstream.url,
+        "paths": {"image": {"path": "/do/image"}},
+        "vram_resident_mib": 16000,
+        "unload": ROUTES["unload"],
+    }
+    content["routing"]["image"] = "other"
+    return content
+
+
+async def consumer(broker: Facade, name: str) -> Any:
+    return (await broker.status())["consumers"][name]
+
+
+async def test_the_status_has_the_fields_of_the_contract(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    async with facade(tmp_path, two(upstream)) as broker, broker.connect() as served:
+        await broker.until("probed", lambda s: s["consumers"]["worker"]["healthy"])
+        await served.send("POST", "/v1/tts", "X-Upstream: do=never", body=b"")
+        await broker.until("served", lambda s: s["scheduler"]["in_flight"] == 1)
+        async with broker.connect() as waiting:
+            await waiting.send("POST", "/v1/image", body=b"")
+            status = await broker.until("waits", lambda s: s["scheduler"]["queue_depth"] == 1)
+
+    (gpu,) = status["gpu"]
+    assert {"used_mib", "free_mib", "total_mib", "at", "error"} <= gpu.keys()
+    assert (gpu["total_mib"], gpu["used_mib"]) == (24000, None)
+    assert gpu["error"]  # there is no sampler
+
+    worker = status["consumers"]["worker"]
+    assert worker["healthy"] is True
+    assert worker["last_probe"] > 1_700_000_000_000_000
+    assert worker["error"] is None
+    assert worker["loaded"] is True
+    assert (worker["residency"], worker["residency_source"]) == ("resident", "assumed")
+    assert worker["gpu_resident_mib"] == 15000
+    assert (worker["active"], worker["waiting"], worker["total_requests"]) == (1, 0, 1)
+    assert worker["last_used"] is None
+    assert (worker["owed"], worker["leaky"], worker["cooldown_until"]) == (False, False, None)
+    other = status["consumers"]["other"]
+    assert (other["residency"], other["gpu_resident_mib"]) == ("absent", 0)
+    assert (other["active"], other["waiting"]) == (0, 1)
+
+    scheduler = status["scheduler"]
+    assert (scheduler["queue_depth"], scheduler["in_flight"]) == (1, 1)
+    assert (scheduler["total_jobs"], scheduler["loads"], scheduler["evictions"]) == (1, 0, 0)
+    assert scheduler["last_wait_ms"] >= 0
+    assert scheduler["last_run_ms"] is None
+
+    first, second = status["requests"]
+    assert (first["consumer"], first["kind"], first["state"]) == ("worker", "tts", "serving")
+    assert (first["position"], first["why"]) == (None, None)
+    assert (second["consumer"], second["kind"], second["state"]) == ("other", "image", "queued")
+    assert (second["position"], second["promoted"]) == (1, False)
+    assert second["waited_ms"] >= 0
+    assert second["why"]["who"] == ["worker"]
+    assert status["version"] == "0.1.0"
+    assert status["run"] == broker.broker.run
+    assert scheduler["oldest_queued"] is not None
+
+
+async def test_one_request_is_its_row_of_the_status(tmp_path: Path, upstream: Upstream) -> None:
+    async with facade(tmp_path, config(upstream)) as broker, broker.connect() as client:
+        await client.send("POST", "/v1/tts", "X-Upstream: do=never", body=b"")
+        status = await broker.until("served", lambda s: s["scheduler"]["in_flight"] == 1)
+        (row,) = status["requests"]
+        assert (await broker.ask("GET", f"/v1/requests/{row['id']}")).json() == row
+
+
+async def test_load_and_unload(tmp_path: Path, upstream: Upstream) -> None:
+    async with facade(tmp_path, two(upstream)) as broker:
+        told = (await broker.ask("POST", "/v1/consumers/worker/unload")).json()
+        assert told["consumer"] == "worker"
+        assert told["residency"] == "unloading"
+        assert told["notes"]
+        await broker.until("out", lambda s: s["consumers"]["worker"]["residency"] == "absent")
+        assert upstream.count("/unload") == 1
+        await broker.ask("POST", "/v1/consumers/worker/load")
+        await broker.until("in", lambda s: s["consumers"]["worker"]["loaded"])
+        assert upstream.count("/load") == 1
+
+
+async def test_unload_waits_for_what_is_served_unless_forced(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    async with facade(tmp_path, two(upstream)) as broker, broker.connect() as client:
+        await client.send("POST", "/v1/tts", "X-Upstream: do=never", body=b"")
+        await broker.until("served", lambda s: s["scheduler"]["in_flight"] == 1)
+        told = (await broker.ask("POST", "/v1/consumers/worker/unload")).json()
+        assert told["residency"] == "resident"
+        told = (await broker.ask("POST", "/v1/consumers/worker/unload?force=1")).json()
+        assert told["residency"] == "unloading"
+
+
+async def test_pin_and_unpin(tmp_path: Path, upstream: Upstream) -> None:
+    async with facade(tmp_path, two(upstream)) as broker:
+        await broker.ask("POST", "/v1/consumers/worker/pin")
+        assert (await consumer(broker, "worker"))["pinned"] is True
+        answer = await broker.ask("POST", "/v1/image", body=b"")
+        assert answer.error == "insufficient_vram"  # nobody may be evicted for it
+        await broker.ask("POST", "/v1/consumers/worker/unpin")
+        assert (await broker.ask("POST", "/v1/image", body=b"")).status == 200
+        assert (await consumer(broker, "worker"))["loaded"] is False
+
+
+async def test_a_swap_shows_in_headers_status_and_metrics(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    upstream.rule("/load", delay=0.2)
+    async with facade(tmp_path, two(upstream)) as broker:
+        assert (await broker.ask("POST", "/v1/image", body=b"")).status == 200
+        answer = await broker.ask("POST", "/v1/tts", body=b"")
+        assert int(answer.headers["x-mgpu-load-ms"]) >= 200
+        assert int(answer.headers["x-mgpu-queue-ms"]) >= int(answer.headers["x-mgpu-load-ms"])
+        scheduler = (await broker.status())["scheduler"]
+        assert (scheduler["loads"], scheduler["evictions"]) == (1, 2)
+        metrics = await read_metrics(broker)
+        assert metrics["mgpu_loads_total", "worker"] == 1
+        assert metrics["mgpu_evictions_total", "worker"] == 1
+        assert metrics["mgpu_evictions_total", "other"] == 1
+
+
+async def read_metrics(broker: Facade) -> dict[tuple[str, ...], float]:
+    """Give each sample by its name and the values of its labels."""
+    answer = await broker.ask("GET", "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.body.decode())
+        for sample in family.samples
+    }
+
+
+async def test_metrics_by_consumer_and_kind(tmp_path: Path, upstream: Upstream) -> None:
+    canary = "canary-in-prompt-header-and-query"
+    async with facade(tmp_path, two(upstream)) as broker, broker.connect() as served:
+        order = f"X-Upstream: do=text status=404 body={canary}"
+        await broker.ask("POST", f"/v1/tts?q={canary}", order, body=canary.encode())
+        await served.send("POST", "/v1/tts", "X-Upstream: do=never", body=b"")
+        await broker.until("served", lambda s: s["scheduler"]["in_flight"] == 1)
+        async with broker.connect() as waiting:
+            await waiting.send("POST", "/v1/image", body=b"")
+            await broker.until("waits", lambda s: s["scheduler"]["queue_depth"] == 1)
+            metrics = await read_metrics(broker)
+        assert canary.encode() not in (await broker.ask("GET", "/metrics")).body
+        log = "".join(path.read_text() for path in (tmp_path / "log").glob("events-*"))
+        assert canary not in log
+    assert metrics["mgpu_requests_total", "worker", "tts", "404"] == 1
+    assert metrics["mgpu_wait_seconds_count", "worker", "tts"] == 1
+    assert metrics["mgpu_in_flight", "worker", "tts"] == 1
+    assert metrics["mgpu_queue", "other", "image"] == 1
+    assert metrics["mgpu_consumer_vram_mib", "worker"] == 15000
+    assert metrics["mgpu_consumer_vram_mib", "other"] == 0
+    assert metrics["mgpu_gpu_total_mib", "0"] == 24000

@@ -5,7 +5,7 @@ keeps twice cannot come apart, and every effect and note passes through here.
 """
 
 from bisect import insort
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 from attrs import evolve
@@ -249,7 +249,7 @@ class Draft:
         self._count_overtakes(name)
         self._leave_queue(name)
         self._no_longer_owed(name)
-        self.requests[name] = evolve(self.requests[name], phase=Phase.JOINED, counted=True)
+        self.requests[name] = evolve(self.requests[name], phase=Phase.JOINED)
 
     def grant(self, name: str) -> None:
         """Let it be served now."""
@@ -401,23 +401,42 @@ class Draft:
             self.requests[name] = evolve(request, owed=False)
 
     def _count_overtakes(self, name: str) -> None:
-        """Let every queued request that came before count this one, once."""
+        """Let everybody who came before on its cards count this one: now, or once it is queued."""
         overtaker = self.requests[name]
-        if overtaker.counted or overtaker.operator is not None:
+        if overtaker.operator is not None:
             return
-        cards = self.consumer(overtaker.consumer).vram_mib.keys()
+        if overtaker.uncounted is None:
+            overtaken: Iterable[str] = self._came_before(overtaker, self.queue)
+            later = tuple(self._came_before(overtaker, self._all_joined()))
+        else:
+            still = [n for n in overtaker.uncounted if n in self.overtaken]
+            overtaken = [n for n in still if self.requests[n].phase is Phase.QUEUED]
+            later = tuple(n for n in still if self.requests[n].phase is Phase.JOINED)
+        for other in overtaken:
+            self._count_overtake(other, higher=overtaker.priority > self.requests[other].priority)
+        self.requests[name] = evolve(overtaker, uncounted=later)
+
+    def _came_before(self, request: RequestState, names: Iterable[str]) -> list[str]:
+        cards = self.consumer(request.consumer).vram_mib.keys()
         beside = {one for one in self.waiting if self.consumer(one).vram_mib.keys() & cards}
-        bound = self.config.overtake_bound or 0
-        for other in self.queue:
-            waiting = self.requests[other]
-            if waiting.arrival >= overtaker.arrival or waiting.consumer not in beside:
-                continue
-            higher = overtaker.priority > waiting.priority
-            counts = self.overtaken_high if higher else self.overtaken
-            counts[other] += 1
-            if counts[other] == (2 * bound if higher else bound):
-                self.again = True
-                self.note("Promoted", request=other, consumer=waiting.consumer)
+        return [
+            name
+            for name in names
+            if (other := self.requests[name]).arrival < request.arrival and other.consumer in beside
+        ]
+
+    def _all_joined(self) -> list[str]:
+        if not self.swaps:
+            return []
+        return [n for n, request in self.requests.items() if request.phase is Phase.JOINED]
+
+    def _count_overtake(self, name: str, *, higher: bool) -> None:
+        counts = self.overtaken_high if higher else self.overtaken
+        counts[name] += 1
+        bound = self.config.overtake_bound
+        if bound is not None and counts[name] == (2 * bound if higher else bound):
+            self.again = True
+            self.note("Promoted", request=name, consumer=self.requests[name].consumer)
 
     # ------------------------------------------------------------------------ swaps, promises
 

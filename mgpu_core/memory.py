@@ -278,9 +278,10 @@ def promise_granted(d: Draft, name: str) -> None:
 
 def take_sample(d: Draft, sample: GpuSample) -> None:
     """Believe a good reading, and let go of the promises that it shows as taken."""
+    if sample.error != d.sample_error:
+        d.note("SampleFailed" if sample.error else "SampledAgain", error=sample.error)
     d.sample_error = sample.error
     if sample.error is not None:
-        d.note("SampleFailed", error=sample.error)
         return
     taken = min(sample.taken, d.at)
     for reading in sample.gpus:

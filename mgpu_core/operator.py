@@ -1,5 +1,7 @@
 """Events of an operator and of the broker's own life: unload, load, pin, drain, a new start."""
 
+from collections.abc import Sequence
+
 from attrs import evolve
 
 from mgpu_core import swaps
@@ -9,10 +11,11 @@ from mgpu_core.effects import Probe, SampleGpu
 from mgpu_core.events import Load, Pin, Reconfigured, Started, Unload
 from mgpu_core.memory import at_work, is_busy, stops_with
 from mgpu_core.ordering import is_pinned
-from mgpu_core.requests import operator_id
+from mgpu_core.requests import is_unreachable, operator_id
 from mgpu_core.state import (
     ConsumerState,
     Counters,
+    Operator,
     Phase,
     RequestState,
     Residency,
@@ -49,7 +52,7 @@ def on_started(d: Draft, event: Started) -> None:
     d.sample_error = None
     d.last_work = d.at
     d.restore_due = False
-    d.preload_due = any(consumer.preload for consumer in d.config.consumers.values())
+    d.preload_due = tuple(name for name, c in d.config.consumers.items() if c.preload)
     d.do(SampleGpu())
     for name in d.consumers:
         d.do(Probe(consumer=name))
@@ -139,7 +142,7 @@ def on_load(d: Draft, event: Load) -> None:
     request_load(d, event.consumer, "load", only_if_free=event.only_if_free)
 
 
-def request_load(d: Draft, name: str, operator: str, *, only_if_free: bool) -> None:
+def request_load(d: Draft, name: str, operator: Operator, *, only_if_free: bool) -> None:
     """Queue a request without a client: it ends when the consumer is in."""
     because = _no_load(d, name)
     if because is not None:
@@ -156,7 +159,7 @@ def request_load(d: Draft, name: str, operator: str, *, only_if_free: bool) -> N
             at=d.at,
             deadline=d.at + d.config.queue_timeout_us,
             phase=Phase.QUEUED,
-            operator=operator,  # type: ignore[arg-type]
+            operator=operator,
             only_if_free=only_if_free,
         )
     )
@@ -171,6 +174,8 @@ def _no_load(d: Draft, name: str) -> str | None:
     if not consumer.loadable:
         return "only its first request can load it"
     state = d.consumers[name]
+    if is_unreachable(state) and not consumer.startable:
+        return "it does not answer"
     if operator_id(name) in d.requests or state.residency is Residency.LOADING:
         return "it is being loaded already"
     if state.residency is Residency.RESIDENT and not state.leaving:
@@ -192,19 +197,28 @@ def load_by_itself(d: Draft) -> None:
     """Bring in the preload set: once at the start, and once in each long idle time."""
     if d.draining or d.stopping:
         return
-    restore = restore_at(d)
     if d.preload_due and (d.cards or d.sample_error is not None):
-        d.preload_due = False
-        operator = "preload"
-    elif restore is not None and d.at >= restore:
+        # Who is only assumed to be in is asked first.
+        unsure = tuple(name for name in d.preload_due if _only_assumed(d, name))
+        _load_absent(d, [name for name in d.preload_due if name not in unsure], "preload")
+        d.preload_due = unsure
+    restore = restore_at(d)
+    if restore is not None and d.at >= restore:
         d.restore_due = False
-        operator = "restore"
-    else:
-        return
-    for name, consumer in d.config.consumers.items():
-        if consumer.preload and d.consumers[name].residency is not Residency.RESIDENT:
+        names = [name for name, consumer in d.config.consumers.items() if consumer.preload]
+        _load_absent(d, names, "restore")
+
+
+def _only_assumed(d: Draft, name: str) -> bool:
+    state = d.consumers[name]
+    return state.residency is Residency.RESIDENT and state.last_probe is None
+
+
+def _load_absent(d: Draft, names: Sequence[str], operator: Operator) -> None:
+    for name in names:
+        if d.consumers[name].residency is not Residency.RESIDENT:
             request_load(d, name, operator, only_if_free=True)
-    d.again = True
+            d.again = True
 
 
 def restore_at(d: Draft) -> int | None:
@@ -228,6 +242,7 @@ def on_reconfigured(d: Draft, event: Reconfigured) -> None:
     consumers = {**new.consumers, **{name: old.consumers[name] for name in kept}}
     d.configure(in_order(evolve(new, consumers=consumers)))
     d.retired = kept
+    d.preload_due = tuple(name for name in d.preload_due if name in consumers)
     for name in d.consumers.keys() - consumers.keys():
         d.give_up_promise(name)
     states: dict[str, ConsumerState] = {}
@@ -250,6 +265,7 @@ def retire(d: Draft) -> None:
         for name in gone:
             del d.consumers[name]
             d.give_up_promise(name)
+        d.preload_due = tuple(name for name in d.preload_due if name not in gone)
         d.configure(_without(d.config, gone))
         d.note("Retired", who=gone)
 

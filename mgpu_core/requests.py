@@ -117,6 +117,9 @@ def on_serve_done(d: Draft, event: ServeDone) -> None:
             d.move(name, Cause.COLD_START_FAILED, Source.ASSUMED, uncertain="load")
             d.give_up_promise(name)
     d.update(name, **changes)
+    lost = d.consumers[name].uncertain == "load" and d.consumer(name).lazy
+    if lost and event.outcome == "ok":
+        d.move(name, Cause.COLD_STARTED, Source.ASSUMED)  # work that ended well shows that it is in
     d.note(
         "Served",
         request=event.request,

@@ -10,6 +10,9 @@ from mgpu_core.config import Config, Consumer
 from mgpu_core.effects import How
 from mgpu_core.notes import Reason
 
+# Who asked for a load without a client.
+Operator = Literal["load", "preload", "restore"]
+
 
 class Residency(StrEnum):
     ABSENT = "absent"
@@ -131,10 +134,11 @@ class RequestState:
     phase: Phase = Phase.QUEUED
     # It was joined to a swap that is over and found no slot: its consumer may not be evicted.
     owed: bool = False
-    # Those it overtook have counted it, at its join.
-    counted: bool = False
+    # Who came before it and was joined, not queued, when the others counted it at its join: they
+    # do so later. None: nobody has counted it yet.
+    uncounted: tuple[str, ...] | None = None
     granted: int | None = None
-    operator: Literal["load", "preload", "restore"] | None = None
+    operator: Operator | None = None
     only_if_free: bool = False
 
 
@@ -234,9 +238,10 @@ class State:
     # The time up to which evictions have aged what was used before (gdsf).
     age: int = 0
     last_work: int = 0
-    # There was work since the preload set was last restored; it was not yet loaded in this run.
+    # There was work since the preload set was last restored.
     restore_due: bool = False
-    preload_due: bool = False
+    # Who of the preload set was not yet looked after in this run.
+    preload_due: tuple[str, ...] = ()
     wake: int | None = None
     counters: Counters = field(factory=Counters)
 
@@ -271,6 +276,7 @@ __all__ = [
     "Cooldown",
     "Counters",
     "Operation",
+    "Operator",
     "Phase",
     "Promise",
     "RequestState",

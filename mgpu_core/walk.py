@@ -240,9 +240,9 @@ def _attainable_mib(d: Draft, target: str, gpu: int) -> tuple[int, int]:
             continue
         consumer, promise = d.consumer(name), d.promises.get(name)
         if promise is not None and not consumer.vram_managed:
-            # It is not there yet: what it will hold can be had, or the promise be given up.
-            now += promise.mib.get(gpu, 0)
-            later += promise.mib.get(gpu, 0)
+            # At best it is given up, and what a sample shows of it already comes free as well.
+            now += promise.mib.get(gpu, 0) + gain_mib(d, name, gpu)
+            later += promise.mib.get(gpu, 0) + gain_mib(d, name, gpu)
         elif d.consumers[name].operation is not None or (
             name not in beside and may_be_evicted(d, name)
         ):

@@ -1,9 +1,10 @@
 """Events of a request: it comes, its client goes, its work ends."""
 
 from mgpu_core.draft import Draft
+from mgpu_core.effects import Reject
 from mgpu_core.events import Cancel, Request, ServeDone
 from mgpu_core.memory import can_never_fit, promise_taken
-from mgpu_core.state import ConsumerState, Phase, RequestState, Residency, Source
+from mgpu_core.state import ConsumerState, Phase, RequestState, Residency, Source, State
 from mgpu_core.transitions import Cause
 
 
@@ -28,6 +29,13 @@ def on_request(d: Draft, event: Request) -> None:
             deadline=deadline if event.deadline is None else min(deadline, event.deadline),
         )
     )
+
+
+def refusal(state: State, event: Request) -> Reject | None:
+    """Say how a request would be refused now, without deciding anything."""
+    d = Draft(state, event.at, None)
+    _refused(d, event)
+    return next((effect for effect in d.effects if isinstance(effect, Reject)), None)
 
 
 def _refused(d: Draft, event: Request) -> bool:

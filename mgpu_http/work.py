@@ -6,8 +6,8 @@ from starlette import requests
 from starlette.types import Scope
 
 from mgpu_core.effects import Reject
-from mgpu_core.events import Request
-from mgpu_core.scheduler import Scheduler
+from mgpu_core.events import Cancel, Request
+from mgpu_core.requests import refusal
 from mgpu_effects.errors import BrokerError
 from mgpu_effects.jobs import Body, Headers, Job
 from mgpu_effects.settings import ConsumerSettings, Kind
@@ -31,7 +31,7 @@ async def work(service: Service, exchange: Exchange, request: requests.Request, 
     max_wait_s = asked_max_wait_s(request)
     limit_bytes = service.broker.settings.max_body_mib << 20
     refuse_beyond(limit_bytes, int(request.headers.get("content-length", "0")))
-    foresee(service, consumer.name, kind)
+    await refuse_early(service, exchange, consumer.name, kind)
     try:
         body = await exchange.intake.take(limit_bytes, consumer.timeout_s.upload)
     except ClientGoneError:
@@ -94,15 +94,22 @@ def outcome_of(exchange: Exchange, job: Job) -> str:
     return str(exchange.reply.status) if exchange.reply.over else "gone"
 
 
-def foresee(service: Service, consumer: str, kind: Kind) -> None:
-    """Ask the scheduler what it would say now, without telling it; raises its refusal.
+async def refuse_early(service: Service, exchange: Exchange, consumer: str, kind: Kind) -> None:
+    """Raise the scheduler's refusal, if it has one, before the body is read.
 
-    It is pure, so a step that nobody keeps is a question.
+    A refusal is a decision like any other: it is taken by the scheduler itself and recorded. The
+    look before only spares those a step that will be asked again with their body.
     """
-    event = Request(at=service.clock.now(), request="", consumer=consumer, kind=kind)
-    state = service.broker.state
-    for effect in Scheduler(state.config).step(state, event).effects:
-        if isinstance(effect, Reject) and effect.request == event.request:
+
+    def event(at: int) -> Request:
+        return Request(at=at, request=exchange.id, consumer=consumer, kind=kind)
+
+    broker = service.broker
+    if refusal(broker.state, event(service.clock.now())) is None:
+        return
+    transition = await broker.apply(event)
+    for effect in transition.effects:
+        if isinstance(effect, Reject) and effect.request == exchange.id:
             raise BrokerError(
                 code=effect.code,
                 message=effect.message,
@@ -110,6 +117,8 @@ def foresee(service: Service, consumer: str, kind: Kind) -> None:
                 retryable=effect.retryable,
                 retry_after=effect.retry_after,
             )
+    # It changed its mind in between. This was no request yet: the one with the body follows.
+    await broker.apply(lambda at: Cancel(at=at, request=exchange.id))
 
 
 def routed(service: Service, kind: Kind) -> ConsumerSettings:
@@ -172,8 +181,6 @@ def asked_max_wait_s(request: requests.Request) -> float | None:
         seconds = float(asked)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise BrokerError(
-            code="bad_request", message="X-Mgpu-Max-Wait is a number of seconds above 0"
-        )
+    if not 0 <= seconds < math.inf:
+        raise BrokerError(code="bad_request", message="X-Mgpu-Max-Wait is a number of seconds")
     return seconds

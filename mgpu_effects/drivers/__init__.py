@@ -35,7 +35,8 @@ def make_driver(
     process = consumer.driver.process if consumer.driver else None
     systemd = consumer.driver.systemd if consumer.driver else None
     if process is not None:
-        return ProcessDriver(consumer.name, process, answers, on_exit)
+        mark = f"{consumer.name} {consumer.url}"
+        return ProcessDriver(consumer.name, process, answers, on_exit, mark=mark)
     if systemd is not None:
         return SystemdDriver(consumer.name, systemd.unit, answers, user=systemd.user)
     return None

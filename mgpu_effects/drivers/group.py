@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import subprocess
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 _LINE_BYTES = 4096
 _DRAIN_S = 0.5
 _POLL_S = 0.05
+# In the environment of what we start: so that a broker finds what a killed one left behind.
+MARK = "MGPU_SERVICE"
 _ENDED_STATES = ("Z", "X")  # in /proc/PID/stat: a zombie holds neither memory nor a port
 
 
@@ -145,11 +148,39 @@ def _popen(
 
 def _members(pgid: int) -> Iterator[int]:
     """Give the processes of the group that have not ended."""
+    return (int(entry.name) for entry, group in _processes() if group == pgid)
+
+
+def _processes() -> Iterator[tuple[Path, int]]:
+    """Give each process that has not ended, by its folder, and its group."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             stat = (entry / "stat").read_text(errors="replace")
         except OSError:
             continue  # it ended meanwhile
         state, _parent, group = stat.rpartition(")")[2].split()[:3]
-        if int(group) == pgid and state not in _ENDED_STATES:
-            yield int(entry.name)
+        if state not in _ENDED_STATES:
+            yield entry, int(group)
+
+
+async def end_leftovers(mark: str, wait_s: float) -> bool:
+    """Kill what an earlier broker started under this mark. Is nothing of it left?"""
+    deadline = asyncio.get_running_loop().time() + wait_s
+    while groups := _marked(mark):
+        if asyncio.get_running_loop().time() >= deadline:
+            return False
+        for pgid in groups:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pgid, signal.SIGKILL)
+        await asyncio.sleep(_POLL_S)
+    return True
+
+
+def _marked(mark: str) -> set[int]:
+    """Give the groups that were started under this mark, as far as we may look."""
+    wanted, groups = f"{MARK}={mark}".encode(), set()
+    for entry, group in _processes():
+        with contextlib.suppress(OSError):
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                groups.add(group)
+    return groups

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from mgpu_effects.drivers.driver import Answers, wait_until_ready
-from mgpu_effects.drivers.group import ProcessGroup, spawn
+from mgpu_effects.drivers.group import MARK, ProcessGroup, end_leftovers, spawn
 from mgpu_effects.settings import ProcessDriver as ProcessSettings
 
 _TAIL_LINES = 200
@@ -19,7 +19,9 @@ _log = logging.getLogger(__name__)
 class ProcessDriver:
     """Runs a command in a process group of its own, and ends the whole group.
 
-    What it prints goes to the logger `mgpu.output.NAME`; `tail` has the last lines of it.
+    What it prints goes to the logger `mgpu.output.NAME`; `tail` has the last lines of it. `mark`
+    names the service on this host: what a killed broker left running under it is ended before the
+    service is started, and when it is stopped.
     `on_exit` is called with the return code when the process ends without having been told to.
 
     Errors of `start`: `not_found`, `not_permitted`, `not_started`, `exited_CODE`, `killed_SIGNAL`,
@@ -33,8 +35,11 @@ class ProcessDriver:
         settings: ProcessSettings,
         answers: Answers,
         on_exit: Callable[[int], None] | None = None,
+        *,
+        mark: str,
     ) -> None:
         self._name = name
+        self._mark = mark
         self._settings = settings
         self._answers = answers
         self._on_exit = on_exit
@@ -78,6 +83,8 @@ class ProcessDriver:
         async with self._lock:
             if self._group is not None:
                 return await self._end(self._group)
+            if not await end_leftovers(self._mark, _KILLED_S):
+                return "still_running"
             return "not_ours" if await self._answers() else None
 
     async def close(self) -> None:
@@ -90,6 +97,8 @@ class ProcessDriver:
             return self._group, None
         if self._group is not None and (error := await self._end(self._group)):
             return None, error
+        if not await end_leftovers(self._mark, _KILLED_S):
+            return None, "still_running"
         if await self._answers():
             return None, "not_ours"
         try:
@@ -102,7 +111,8 @@ class ProcessDriver:
         settings = self._settings
         output = logging.getLogger(f"mgpu.output.{self._name}")
         self._tail.clear()
-        group = await spawn(settings.command, settings.env, settings.cwd, output, self._tail)
+        env = {**settings.env, MARK: self._mark}
+        group = await spawn(settings.command, env, settings.cwd, output, self._tail)
         self._group = group
         self._watcher = asyncio.create_task(self._watch(group))
         _log.info("%s started: process %d", self._name, group.pid)

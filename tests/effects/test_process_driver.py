@@ -187,14 +187,19 @@ async def test_what_cannot_be_started_says_so(service, settings, error):
     assert await driver.running() is False
 
 
-async def test_who_answers_already_is_not_ours_to_start_or_stop(service, tmp_path):
-    owner, other = service.driver(), service.driver()
-    assert await owner.start() is None
-    pids = service.pids
-    assert await other.start() == "not_ours"
-    assert await other.stop() == "not_ours"
-    assert service.pids == pids
-    assert alive(pids[0])
+async def test_who_answers_already_is_not_ours_to_start_or_stop(service):
+    driver = service.driver()
+    async with await asyncio.start_server(answer_ok, "127.0.0.1", service.port):
+        assert await driver.start() == "not_ours"
+        assert await driver.stop() == "not_ours"
+    assert not service.started
+
+
+async def answer_ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n")
+    await writer.drain()
+    writer.close()
 
 
 async def test_a_cancelled_start_leaves_nothing_behind(service):
@@ -279,3 +284,20 @@ async def test_close_ends_it(service):
     pids = service.pids
     await driver.close()
     assert not any(map(alive, pids))
+
+
+async def test_what_a_killed_broker_left_running_can_be_stopped(service):
+    """The driver that started it stands for the broker that was killed: it does nothing more."""
+    assert await service.driver("--child").start() is None
+    left = service.pids
+    assert await service.driver().stop() is None
+    assert not any(map(alive, left))
+
+
+async def test_what_a_killed_broker_left_running_makes_room_for_a_new_one(service):
+    assert await service.driver("--child").start() is None
+    left = service.pids
+    driver = service.driver()
+    assert await driver.start() is None
+    assert not any(map(alive, left))
+    assert await driver.running() is True

@@ -86,6 +86,7 @@ def _promises(state: State) -> Iterator[str]:
         consumer = state.consumers[name]
         held = (
             name in state.swaps
+            or promise.done is not None  # until the next sample
             or consumer.cleared
             or consumer.residency in {Residency.RESIDENT, Residency.UNLOADING}
         )

@@ -13,7 +13,8 @@ from mgpu_core.draft import Draft
 from mgpu_core.events import GpuSample
 from mgpu_core.ordering import is_pinned
 from mgpu_core.planners import Holder, View
-from mgpu_core.state import Card, ConsumerState, Promise, Residency
+from mgpu_core.state import Card, ConsumerState, Promise, Residency, Source
+from mgpu_core.transitions import Cause
 
 # A sample is good for so many poll intervals.
 GOOD_INTERVALS = 3
@@ -48,8 +49,8 @@ def good_card(d: Draft, gpu: int) -> Card | None:
     return card
 
 
-def gain_mib(d: Draft, name: str, gpu: int) -> int:
-    """What an unload of it should give back on a card."""
+def gain_mib(d: Draft, name: str, gpu: int, *, by_driver: bool = False) -> int:
+    """What an unload of it should give back on a card; `by_driver`: of a leaky one, its stop."""
     consumer, state = d.consumer(name), d.consumers[name]
     if gpu not in consumer.vram_mib:
         return 0
@@ -61,9 +62,24 @@ def gain_mib(d: Draft, name: str, gpu: int) -> int:
         and good_card(d, gpu) is not None
     ):
         return 0  # the sample counts what a failed load left behind, if anything
-    if state.leaky_mib is not None:
-        return state.leaky_mib
-    return max(0, held_mib(consumer, state, gpu) - consumer.vram_residue_mib)
+    full = max(0, held_mib(consumer, state, gpu) - consumer.vram_residue_mib)
+    if state.leaky_mib is None:
+        return full
+    return full - state.leaky_mib if by_driver and stops_a_leak(d, name) else state.leaky_mib
+
+
+def stops_a_leak(d: Draft, name: str) -> bool:
+    """Its routes gave back too little, but a driver can end its process."""
+    return d.consumers[name].leaky_mib is not None and d.consumer(name).driver != "none"
+
+
+def full_gain_mib(d: Draft, name: str) -> int:
+    """What an unload of it should give back on all cards, if it does not leak."""
+    consumer, state = d.consumer(name), d.consumers[name]
+    return sum(
+        max(0, held_mib(consumer, state, gpu) - consumer.vram_residue_mib)
+        for gpu in consumer.vram_mib
+    )
 
 
 def free_mib(d: Draft, target: str, gpu: int) -> int | None:
@@ -74,13 +90,20 @@ def free_mib(d: Draft, target: str, gpu: int) -> int | None:
     promised = sum(
         promise.mib.get(gpu, 0) for name, promise in d.promises.items() if name != target
     )
-    state = d.consumers[target]
-    still_held = (
-        gain_mib(d, target, gpu)
-        if state.residency is Residency.UNKNOWN and state.uncertain == "unload"
-        else 0
+    return card.free_mib - promised + _still_held_mib(d, target, gpu, card)
+
+
+def _still_held_mib(d: Draft, target: str, gpu: int, card: Card) -> int:
+    """What an unload that failed left with the target itself, as far as the card shows it."""
+    consumer, state = d.consumer(target), d.consumers[target]
+    if state.residency is not Residency.UNKNOWN or state.uncertain != "unload":
+        return 0
+    others = sum(
+        held_mib(d.consumer(name), d.consumers[name], gpu)
+        for name in d.present()
+        if name != target and d.consumers[name].residency is not Residency.ABSENT
     )
-    return card.free_mib - promised + still_held
+    return max(0, min(held_mib(consumer, state, gpu), card.used_mib - others))
 
 
 def _static_free_mib(d: Draft, target: str, gpu: int) -> int | None:
@@ -99,7 +122,8 @@ def _static_free_mib(d: Draft, target: str, gpu: int) -> int | None:
 def static_mib(d: Draft, name: str, gpu: int) -> int:
     """What a consumer counts in the static budget: once, by its promise or as a resident."""
     state, promise = d.consumers[name], d.promises.get(name)
-    if promise is not None and state.residency is not Residency.RESIDENT:
+    ahead = promise is not None and promise.done is None
+    if promise is not None and ahead and state.residency is not Residency.RESIDENT:
         return promise.mib.get(gpu, 0)
     if state.residency is Residency.ABSENT:
         return 0
@@ -201,11 +225,14 @@ def alike(d: Draft, name: str) -> Hashable:
     return (needs, tuple(consumer.vram_mib), consumer.can_coexist_with)
 
 
-def view_for(d: Draft, target: str, *, max_evictions: int) -> View:
-    """Make what a planner may know for one target."""
+def view_for(d: Draft, target: str, *, max_evictions: int, by_driver: bool = False) -> View:
+    """Make what a planner may know for one target; `by_driver`: leaky ones are stopped."""
     consumer, state = d.consumer(target), d.consumers[target]
     needs = need_mib(consumer, state)
-    holders = d.remember("holders", lambda: {name: _holder(d, name) for name in d.present()})
+    holders = d.remember(
+        ("holders", by_driver),
+        lambda: {name: _holder(d, name, by_driver=by_driver) for name in d.present()},
+    )
     return View(
         running=d.remember("running", lambda: _running(d)),
         holders=holders,
@@ -225,12 +252,12 @@ def _running(d: Draft) -> tuple[str, ...]:
     )
 
 
-def _holder(d: Draft, name: str) -> Holder:
+def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
     consumer, state = d.consumer(name), d.consumers[name]
     return Holder(
         name=name,
         residency=state.residency,
-        gain_mib={gpu: gain_mib(d, name, gpu) for gpu in consumer.vram_mib},
+        gain_mib={gpu: gain_mib(d, name, gpu, by_driver=by_driver) for gpu in consumer.vram_mib},
         need_mib=need_mib(consumer, state),
         measured_mib=state.measured_mib,
         last_used=state.last_used,
@@ -302,7 +329,24 @@ def take_sample(d: Draft, sample: GpuSample) -> None:
     for name, promise in sorted(d.promises.items()):
         if all(_shown_as_taken(d, promise, gpu, need) for gpu, need in promise.mib.items()):
             d.give_up_promise(name)
+            _see_cold_start(d, name, promise)
     d.again = True
+
+
+def _see_cold_start(d: Draft, name: str, promise: Promise) -> None:
+    """Learn from the card that a first request loaded its service, however that request ends."""
+    grown = [
+        2 * (d.cards[gpu].used_mib - promise.used_before_mib[gpu]) >= need
+        for gpu, need in promise.mib.items()
+        if gpu in promise.used_before_mib
+    ]
+    if promise.granted is None or not grown or not all(grown):
+        return
+    state = d.consumers[name]
+    if state.uncertain == "load":
+        d.move(name, Cause.SEEN_RESIDENT, Source.NVML, idle_since=d.at)
+    elif state.residency is Residency.RESIDENT:
+        d.update(name, source=Source.NVML, starter=None)
 
 
 def _foreign_mib(d: Draft, gpu: int, used_mib: int, old: Card | None) -> int:

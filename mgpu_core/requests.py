@@ -123,7 +123,6 @@ def on_serve_done(d: Draft, event: ServeDone) -> None:
         promise_taken(d, name)
         if event.outcome != "ok" and state.residency is Residency.RESIDENT:
             d.move(name, Cause.COLD_START_FAILED, Source.ASSUMED, uncertain="load")
-            d.give_up_promise(name)
     d.update(name, **changes)
     lost = d.consumers[name].uncertain == "load" and d.consumer(name).lazy
     if lost and event.outcome == "ok":

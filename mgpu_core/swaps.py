@@ -9,6 +9,7 @@ from mgpu_core.memory import (
     alike,
     at_work,
     cooling_down,
+    full_gain_mib,
     gain_mib,
     good_card,
     is_busy,
@@ -16,6 +17,7 @@ from mgpu_core.memory import (
     need_mib,
     promise_for,
     promise_taken,
+    stops_a_leak,
     stops_with,
     view_for,
 )
@@ -49,6 +51,9 @@ def _ask(d: Draft, target: str) -> tuple[str, ...] | None:
     swap = d.swaps.get(target)
     left = d.config.max_evictions - (len(swap.evicted) if swap else 0)
     victims = d.planner.victims(target, view_for(d, target, max_evictions=left))
+    if victims is None and any(stops_a_leak(d, name) for name in d.present()):
+        view = view_for(d, target, max_evictions=left, by_driver=True)
+        victims = d.planner.victims(target, view)
     if victims is None:
         return None
     return tuple(name for name in dict.fromkeys(victims) if name != target)
@@ -356,6 +361,7 @@ def _after_unload(d: Draft, swap: Swap, names: list[str], error: str | None) -> 
 
 def _one_unloaded(d: Draft, name: str, error: str | None) -> None:
     state = d.consumers[name]
+    by_route = state.operation is not None and state.operation.how == "routes"
     if error is None:
         d.move(
             name,
@@ -365,8 +371,10 @@ def _one_unloaded(d: Draft, name: str, error: str | None) -> None:
             leaving=False,
             cleared=False,
             touched=d.at,
+            # Where a driver stopped it, no process is left that could hold anything.
+            leaky_mib=state.leaky_mib if by_route else None,
         )
-        d.give_up_promise(name)
+        promise_taken(d, name)  # what it took since the last sample is not free yet
         return
     cooldown = _longer(d, state.unload_cooldown)
     d.note("UnloadFailed", consumer=name, error=error, failures=cooldown.failures)
@@ -379,7 +387,7 @@ def _one_unloaded(d: Draft, name: str, error: str | None) -> None:
         leaving=False,
         touched=d.at,
     )
-    d.give_up_promise(name)
+    promise_taken(d, name)
     d.do(Probe(consumer=name))
 
 
@@ -394,17 +402,19 @@ def _longer(d: Draft, cooldown: Cooldown | None) -> Cooldown:
 
 
 def _unloads_were_clean(d: Draft, swap: Swap) -> None:
-    for name in swap.evicted:
-        if d.consumers[name].leaky_mib is not None:
+    """Trust a leaky victim again when what came free is what it should give."""
+    freed = _freed_mib(d, swap)
+    should = sum(full_gain_mib(d, name) for name in swap.expected_mib)
+    for name in swap.expected_mib:
+        if d.consumers[name].leaky_mib is not None and 2 * freed >= should:
             d.update(name, leaky_mib=None)
 
 
 def _mark_leaky(d: Draft, swap: Swap) -> None:
     """Remember whose unload gave back less than half, where nothing else can be the reason."""
-    cards = {gpu: good_card(d, gpu) for gpu in swap.free_before_mib}
-    expected = sum(swap.expected_mib.values())
-    freed = sum(card.free_mib - swap.free_before_mib[gpu] for gpu, card in cards.items() if card)
-    if not expected or not all(cards.values()) or any(_disturbed(d, swap, gpu) for gpu in cards):
+    cards = [good_card(d, gpu) for gpu in swap.free_before_mib]
+    expected, freed = sum(swap.expected_mib.values()), _freed_mib(d, swap)
+    if not expected or not all(cards) or any(_disturbed(d, swap, g) for g in swap.free_before_mib):
         return
     if freed < 0 or 2 * freed >= expected:
         return  # less than before: somebody else took memory meanwhile
@@ -412,6 +422,19 @@ def _mark_leaky(d: Draft, swap: Swap) -> None:
         measured = freed * should // expected
         d.update(name, leaky_mib=measured)
         d.note("Leaky", consumer=name, expected_mib=should, freed_mib=measured)
+        if d.consumers[name].residency is Residency.ABSENT:
+            # It holds most of its memory still, so it can be told to go again, or be served.
+            d.move(name, Cause.LEAKED, Source.NVML, uncertain="unload")
+            d.do(Probe(consumer=name))
+
+
+def _freed_mib(d: Draft, swap: Swap) -> int:
+    """What came free on the victims' cards since they were told to go."""
+    return sum(
+        card.free_mib - before
+        for gpu, before in swap.free_before_mib.items()
+        if (card := good_card(d, gpu))
+    )
 
 
 def _disturbed(d: Draft, swap: Swap, gpu: int) -> bool:

@@ -21,6 +21,7 @@ class Cause(StrEnum):
     UNLOAD_STARTED = "unload started"
     UNLOADED = "unloaded"
     UNLOAD_FAILED = "unload failed"
+    LEAKED = "its memory did not come free"
     SEEN_RESIDENT = "seen resident"
     SEEN_ABSENT = "seen absent"
     REFUSED = "refuses connections"
@@ -40,6 +41,7 @@ RESIDENCY: Mapping[tuple[Residency, Cause], Residency] = {
     (_ABSENT, Cause.SEEN_RESIDENT): _RESIDENT,
     (_ABSENT, Cause.SEEN_ABSENT): _ABSENT,
     (_ABSENT, Cause.REFUSED): _ABSENT,
+    (_ABSENT, Cause.LEAKED): _UNKNOWN,
     (_ABSENT, Cause.UNLOAD_STARTED): _UNLOADING,  # its server stops with a sibling
     (_LOADING, Cause.LOADED): _RESIDENT,
     (_LOADING, Cause.LOAD_FAILED): _UNKNOWN,

@@ -1,0 +1,75 @@
+"""Defects that tests over HTTP found in the core, each on the shortest history that showed it."""
+
+from mgpu_core.config import Gpu
+from tests.core.driver import Core, lazy, service
+
+CARD = (Gpu(total_mib=15_000),)
+
+
+def test_what_a_victim_took_since_the_last_sample_is_not_free_when_it_accepts_to_unload() -> None:
+    core = Core(
+        lazy("a", 11_000), service("b", 2_800), service("c", 8_000), gpus=CARD, absent=["b", "c"]
+    )
+    core.sample(free=12_000)
+    core.use("r1", "a")
+    assert core.request("r2", "b") == ["unload a"]
+    assert core.request("r3", "c") == []
+    assert core.unloaded("a") == []
+    assert core.sample(free=6_900) == ["load b"]
+
+
+def test_what_a_failed_first_request_took_is_promised_until_the_next_sample() -> None:
+    core = Core(lazy("a", 11_000), service("c", 8_000), gpus=CARD, absent=["c"])
+    core.sample(free=12_000)
+    assert core.request("r1", "a") == ["serve r1"]
+    assert core.request("r2", "c") == []
+    assert core.finish("r1", outcome="disconnected") == []
+    assert core.sample(free=12_000) == ["load c"]
+
+
+def test_a_first_request_whose_client_left_leaves_a_service_that_can_be_unloaded() -> None:
+    """The card showed its memory taken: it is in, however that request ended."""
+    core = Core(lazy("a", 11_000), service("c", 8_000), gpus=CARD, absent=["c"])
+    core.sample(free=15_000)
+    core.request("r1", "a")
+    core.sample(free=4_000)
+    core.finish("r1", outcome="disconnected")
+    assert core.residency("a") == "resident"
+    assert core.request("r2", "c") == ["unload a"]
+
+
+def test_the_same_where_the_card_is_read_only_after_the_client_left() -> None:
+    core = Core(lazy("a", 11_000), service("c", 8_000), gpus=CARD, absent=["c"])
+    core.sample(free=15_000)
+    core.request("r1", "a")
+    core.finish("r1", outcome="disconnected")
+    assert core.residency("a") == "unknown"
+    core.sample(free=4_000)
+    assert core.residency("a") == "resident"
+
+
+def test_a_leaky_victim_is_stopped_by_its_driver_where_nobody_else_can_make_room() -> None:
+    core = Core(
+        service("a", 11_000, driver="systemd"), service("b", 8_000), gpus=CARD, absent=["b"]
+    )
+    core.sample(free=4_000)
+    assert core.request("r1", "b") == ["unload a"]
+    core.unloaded("a")
+    for _ in range(11):
+        core.wait(1)
+        core.sample(free=4_000)
+    assert core.history("unload") == ["unload a", "unload a by driver"]
+    core.unloaded("a")
+    assert core.sample(free=15_000) == ["load b"]
+
+
+def test_a_leaky_service_without_a_driver_can_still_be_served_and_told_to_go() -> None:
+    core = Core(service("a", 11_000), service("b", 8_000), gpus=CARD, absent=["b"])
+    core.sample(free=4_000)
+    core.request("r1", "b")
+    core.unloaded("a")
+    for _ in range(11):
+        core.wait(1)
+        core.sample(free=4_000)
+    assert core.state.consumers["a"].leaky_mib == 0
+    assert core.request("r2", "a") == ["load a"]  # the memory that it holds counts for itself

@@ -1,0 +1,313 @@
+"""Memory is promised, freed and taken: promises, settling, leaks, cold starts."""
+
+from collections import Counter
+
+import pytest
+
+from mgpu_core import effects as fx
+from mgpu_core.config import SECOND_US, Gpu
+from tests.core.driver import CARD, Core, Table, lazy, service
+
+CARD_16 = (Gpu(total_mib=16_000),)
+CARD_20 = (Gpu(total_mib=20_000),)
+CARD_22 = (Gpu(total_mib=22_000),)
+ANY_SLOTS = (Gpu(total_mib=24_000, max_parallel=None),)
+TWO_CARDS = (Gpu(index=0, total_mib=24_000), Gpu(index=1, total_mib=24_000))
+
+# ------------------------------------------------------------------ promises
+
+
+def test_in_the_static_budget_a_consumer_counts_once() -> None:
+    core = Core(*(service(n, 9_000) for n in "abc"), gpus=CARD_20, absent="abc")
+    assert core.request("r1", "a") == ["load a"]
+    assert core.request("r2", "b") == ["load b"]
+    core.loaded("a")
+    core.loaded("b")
+    core.finish("r1")
+    core.finish("r2")
+    assert core.request("r3", "c") == ["unload a"]  # 2,000 are free: not less, not more
+
+
+def test_a_failed_load_gives_its_promise_up() -> None:
+    core = Core(service("a", 12_000), service("b", 12_000), gpus=CARD_16, absent=["a", "b"])
+    core.sample(free=15_900)
+    core.request("r1", "a")
+    core.request("r2", "b")
+    told = core.loaded("a", error="load_failed")
+    told += core.sample(free=15_900)
+    assert told == ["reject r1 load_failed", "load b"]
+
+
+def test_a_lazy_promise_lasts_until_a_sample_shows_its_memory_taken() -> None:
+    core = Core(lazy("c", 12_000), service("b", 6_000), gpus=ANY_SLOTS, absent=["b"])
+    core.sample(free=17_000)
+    assert core.request("r1", "c") == ["serve r1"]
+    core.sample(free=17_000)
+    assert core.request("r2", "b") == []
+    core.sample(free=12_000)  # it has begun to take it
+    assert core.queue == ["r2"]
+    core.sample(free=5_000)  # all taken: what is free now is free
+    assert core.state.promises == {}
+    assert core.sample(free=6_300) == ["load b"]
+
+
+def test_a_lazy_promise_does_not_end_before_the_first_grant() -> None:
+    """What grew meanwhile is not its own."""
+    core = Core(service("x", 1_000), lazy("c", 12_000), gpus=(CARD,))
+    core.sample(free=22_900)
+    core.request("long", "x")
+    assert core.request("r1", "c") == []
+    core.sample(free=10_900)
+    assert core.state.promises.keys() == {"c"}
+
+
+def test_a_lazy_promise_ends_at_the_latest_with_a_sample_after_its_first_request() -> None:
+    core = Core(lazy("c", 12_000), service("b", 6_000), gpus=ANY_SLOTS, absent=["b"])
+    core.sample(free=17_000)
+    core.request("r1", "c")
+    core.finish("r1")
+    assert core.state.promises.keys() == {"c"}
+    core.sample(free=17_000, age_s=0.0015)  # it began before the work was over
+    assert core.state.promises.keys() == {"c"}
+    core.sample(free=14_000)
+    assert core.state.promises == {}
+    assert core.request("r2", "b") == ["load b"]
+
+
+def test_a_promise_that_nobody_is_left_to_take_is_given_up() -> None:
+    core = Core(service("x", 4_000), service("a", 10_000), lazy("c", 13_000))
+    core.request("long", "x")
+    core.request("r1", "c")
+    core.unloaded("a")
+    assert core.request("r2", "a") == []
+    assert core.cancel("r1") == ["load a"]
+
+
+# ------------------------------------------------------------------ carrying it out
+
+
+def unload_accepted(driver: str = "none", **settings: object) -> Core:
+    """b wants in; a, 10,000 MiB of 20,000, has just accepted to unload."""
+    core = Core(
+        service("a", 10_000, driver=driver),
+        service("b", 6_000),
+        service("d", 4_000),
+        gpus=CARD_20,
+        absent=["b"],
+        **settings,
+    )
+    core.use("r0", "d")
+    core.sample(free=5_500)
+    assert core.request("r1", "b") == ["unload a"]
+    assert core.unloaded("a") == []
+    return core
+
+
+def test_memory_counts_as_free_when_a_sample_taken_after_the_unload_shows_it() -> None:
+    core = unload_accepted()
+    assert core.asked_to_sample()
+    assert core.sample(free=15_500, age_s=0.0015) == []  # it began before the unload was over
+    assert core.sample(free=6_255) == []
+    assert core.sample(free=6_256) == ["load b"]
+
+
+def test_the_core_asks_for_samples_while_it_waits_for_one_that_fits() -> None:
+    core = unload_accepted()
+    asked = sum(type(e).__name__ == "SampleGpu" for e in core.effects)
+    core.sample(free=5_500)
+    core.wait(5)
+    assert sum(type(e).__name__ == "SampleGpu" for e in core.effects) > asked
+
+
+def test_without_a_sample_in_time_the_unload_is_believed() -> None:
+    core = unload_accepted(settle_timeout_us=4 * SECOND_US)
+    assert core.wait(3.9) == []
+    assert core.wait(0.2) == ["load b"]
+
+
+def test_samples_that_do_not_fit_lead_to_a_new_plan_when_the_time_is_over() -> None:
+    core = unload_accepted(settle_timeout_us=4 * SECOND_US)
+    for _ in range(3):
+        core.wait(1)
+        assert core.sample(free=5_600) == []
+    core.wait(1.5)
+    assert core.history("unload") == ["unload a", "unload d"]
+    core.unloaded("d")
+    assert core.sample(free=9_600) == ["load b"]
+    assert core.loaded("b") == ["serve r1"]
+
+
+def test_no_new_set_ends_the_swap_and_when_unfit_applies() -> None:
+    core = unload_accepted(settle_timeout_us=4 * SECOND_US)
+    core.pin("d")
+    for _ in range(3):
+        core.wait(1)
+        core.sample(free=5_600)
+    core.wait(1.5)
+    assert core.state.swaps == {}
+    assert core.state.promises == {}
+    assert core.queue == ["r1"]
+    assert core.sample(free=15_500) == ["load b"]
+
+
+def test_max_evictions_holds_for_a_swap_with_all_its_plans() -> None:
+    core = Core(
+        service("a", 10_000),
+        service("b", 12_000),
+        *(service(name, 4_000) for name in "cd"),
+        gpus=CARD_20,
+        absent=["b"],
+        max_evictions=2,
+    )
+    core.use("r0", "c")
+    core.use("r00", "d")
+    core.sample(free=4_000)
+    assert core.request("r1", "b") == ["unload a"]
+    core.unloaded("a")
+    for _ in range(11):
+        core.wait(1)
+        core.sample(free=4_500)
+    by_epoch = Counter(e.epoch for e in core.effects if isinstance(e, fx.StartUnload))
+    assert by_epoch[1] == 1
+    assert all(count <= 2 for count in by_epoch.values())
+
+
+def leaked(**settings: object) -> Core:
+    """a gave back 100 MiB of 10,000."""
+    core = unload_accepted(driver="systemd", settle_timeout_us=4 * SECOND_US, **settings)
+    for _ in range(3):
+        core.wait(1)
+        core.sample(free=5_600)
+    core.wait(1.5)
+    return core
+
+
+def test_a_victim_that_gave_back_too_little_is_leaky_and_goes_by_driver_next_time() -> None:
+    core = leaked()
+    assert core.state.consumers["a"].leaky_mib == 100
+    core.probe("a", resident=True)
+    assert core.unload("a") == ["unload a by driver"]
+
+
+def test_the_gain_of_a_leaky_victim_is_what_it_gave_back() -> None:
+    core = leaked()
+    core.unloaded("d")
+    core.sample(free=9_700)
+    core.loaded("b")
+    core.finish("r1")
+    core.probe("a", resident=True)
+    core.sample(free=3_700)
+    assert core.request("r2", "d") == ["unload b"]  # a, never used, would go first
+
+
+def test_without_a_driver_a_leaky_one_goes_by_its_routes_again() -> None:
+    core = Core(service("a", 10_000), service("b", 10_000), gpus=CARD_16, absent=["b"])
+    core.sample(free=5_900)
+    core.request("r1", "b")
+    core.unloaded("a")
+    for _ in range(11):
+        core.wait(1)
+        core.sample(free=6_000)
+    assert core.state.consumers["a"].leaky_mib == 100
+    core.probe("a", resident=True)
+    assert core.unload("a") == ["unload a"]
+
+
+def test_a_clean_unload_clears_a_leak() -> None:
+    core = leaked()
+    core.probe("a", resident=True)
+    core.unload("a")
+    core.unloaded("a")
+    core.unloaded("d")
+    core.sample(free=19_900)
+    core.wait(11)
+    core.sample(free=19_900)
+    assert core.state.consumers["a"].leaky_mib is None
+
+
+@pytest.mark.parametrize("free", [4_000, 7_500], ids=["a game began", "a load ended"])
+def test_other_changes_in_the_meantime_make_nobody_leaky(free: int) -> None:
+    """What else took memory while a unloaded may have taken what a gave back."""
+    core = Core(
+        service("a", 10_000),
+        service("b", 15_000),
+        service("c", 6_000),
+        gpus=ANY_SLOTS,
+        absent=["b", "c"],
+    )
+    core.sample(free=13_900)
+    if free == 7_500:
+        assert core.load("c") == ["load c"]
+    assert core.request("r1", "b") == ["unload a"]
+    core.unloaded("a")
+    if free == 7_500:
+        core.loaded("c")
+    for _ in range(11):
+        core.wait(1)
+        core.sample(free=free)
+    assert core.state.consumers["a"].leaky_mib is None
+
+
+def test_a_victim_that_gave_back_half_is_not_leaky() -> None:
+    core = Core(service("a", 10_000), service("b", 12_000), gpus=CARD_20, absent=["b"])
+    core.sample(free=5_000)
+    core.request("r1", "b")
+    core.unloaded("a")
+    for _ in range(11):
+        core.wait(1)
+        core.sample(free=10_000)
+    assert core.state.consumers["a"].leaky_mib is None
+
+
+def test_its_next_load_clears_a_leak() -> None:
+    core = leaked()
+    core.unloaded("d")
+    core.sample(free=9_700)
+    core.loaded("b")
+    core.finish("r1")
+    core.sample(free=13_000)
+    core.load("a")
+    core.loaded("a")
+    assert core.state.consumers["a"].leaky_mib is None
+    assert core.unload("a") == ["unload a"]
+
+
+def test_a_resident_target_that_only_needed_others_gone_ends_its_swap_when_they_are() -> None:
+    core = Core(service("a"), service("b"), planner=Table({"a": ["b"]}))
+    assert core.request("r1", "a") == ["unload b"]
+    assert core.unloaded("b") == ["serve r1"]
+    assert core.history("load") == []
+
+
+def test_a_failed_unload_cools_down_twice_as_long_each_time() -> None:
+    core = Core(service("a", 10_000), service("b", 10_000), gpus=CARD_16, absent=["b"])
+    assert core.request("r1", "b") == ["unload a"]
+    for seconds in (5, 10, 20, 40):
+        assert core.unloaded("a", error="unload_failed") == []
+        assert core.wait(seconds - 0.5) == []
+        assert core.wait(0.6) == ["unload a"]
+    assert core.unloaded("a") == ["load b"]
+
+
+def test_a_target_without_load_route_but_with_a_driver_gets_a_load_and_takes_memory_later() -> None:
+    core = Core(
+        lazy("c", 12_000, driver="process"), service("b", 6_000), gpus=ANY_SLOTS, absent=["b"]
+    )
+    core.sample(free=17_000)
+    assert core.request("r1", "c") == ["load c"]
+    assert core.loaded("c") == ["serve r1"]
+    core.sample(free=17_000)  # the process is up and has loaded nothing yet
+    assert core.request("r2", "b") == []
+    core.cancel("r2")
+    core.finish("r1")
+    core.sample(free=6_300)
+    assert core.request("r3", "b") == ["load b"]
+
+
+def test_measured_footprints_take_the_place_of_what_is_not_declared() -> None:
+    core = Core(service("a", 0, vram_auto=True), service("b", 10_000), gpus=CARD_16, absent=["b"])
+    core.probe("a", resident=True, vram_mib=9_000)
+    assert core.request("r1", "b") == ["unload a"]
+    core.answer_all()
+    core.finish("r1")
+    assert core.request("r2", "a") == ["unload b"]

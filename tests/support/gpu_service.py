@@ -1,0 +1,188 @@
+"""A stand-in for a GPU service, in a process of its own, that holds memory on a simulated card.
+
+It is an upstream (`upstream.py`: the same orders and rules) with habits by its `Habits`. It writes
+every request but probes in a journal that all services of a host share, and its `stats` have the
+targets that were `finished`: their answers went out whole.
+
+`/load`             takes its memory (500 if there is not enough), unless a rule gives a status
+`/unload`, `/free`  gives it back, or says so only: the rule `leak=1`
+any other           is work: 503 while it is not loaded. A `lazy` one takes its memory for it, once
+                    it found a workflow in it (else 400, as ComfyUI)
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tests.support.upstream import IDLE_S, Request, Server
+
+NO_PROMPT = {
+    "error": {
+        "type": "no_prompt",
+        "message": "No prompt provided",
+        "details": "No prompt provided",
+        "extra_info": {},
+    },
+    "node_errors": {},
+}
+
+
+@dataclass(frozen=True)
+class Habits:
+    name: str
+    directory: str  # where the card and the journal of its host are
+    mib: int = 0
+    loaded: bool = True  # from its start
+    lazy: bool = False
+    free_s: float = 0  # how long after an accepted unload the memory comes free
+    port: int = 0  # 0: a free one
+
+
+class Card:
+    """One card: the file that the sampler `simulated` reads, changed by many processes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "card.json"
+
+    def create(self, total_mib: int) -> None:
+        self._write({"total_mib": total_mib, "held": {}})
+
+    def take(self, name: str, mib: int) -> bool:
+        """Hold so much for a name, once; False, and nothing is taken: there is not enough."""
+        with self._changing() as card:
+            held = {**card["held"], name: mib}
+            enough: bool = sum(held.values()) <= card["total_mib"]
+            if enough:
+                card["held"] = held
+        return enough
+
+    def give_back(self, name: str) -> None:
+        with self._changing() as card:
+            card["held"].pop(name, None)
+
+    def fail(self, code: str | None) -> None:
+        """From now on every reading fails with this code; None: no more."""
+        with self._changing() as card:
+            card.pop("error", None)
+            if code is not None:
+                card["error"] = code
+
+    @property
+    def held_mib(self) -> dict[str, int]:
+        held: dict[str, int] = json.loads(self.path.read_text())["held"]
+        return held
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[dict[str, Any]]:
+        with self.path.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            card = json.loads(self.path.read_text())
+            yield card
+            self._write(card)
+
+    def _write(self, card: dict[str, Any]) -> None:
+        used_mib = sum(card["held"].values())
+        reading = {
+            "index": 0,
+            "total_mib": card["total_mib"],
+            "used_mib": used_mib,
+            "free_mib": card["total_mib"] - used_mib,
+        }
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps({**card, "gpus": [reading]}))
+        new.replace(self.path)
+
+
+def journal(directory: Path) -> Path:
+    return directory / "journal"
+
+
+class GpuService(Server):
+    def __init__(self, habits: Habits) -> None:
+        super().__init__(IDLE_S)
+        self._habits = habits
+        self._directory = Path(habits.directory)
+        self._card = Card(self._directory)
+        self._holds = False
+        self._freeing: asyncio.TimerHandle | None = None
+        self._finished: list[str] = []
+        if habits.loaded:
+            self._load()
+
+    async def watched(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: Request
+    ) -> bool:
+        path = urlsplit(request.target).path
+        if path == "/health":
+            return await super().watched(reader, writer, request)
+        with journal(self._directory).open("a") as lines:
+            lines.write(f"{self._habits.name} {request.method} {path}\n")
+        request.orders = {**request.orders, **self._act(path, request)}
+        whole = await super().watched(reader, writer, request)
+        if whole:
+            self._finished.append(request.target)
+        return whole
+
+    def control(self, target: str) -> bytes:
+        stats = json.loads(super().control(target))
+        return json.dumps({**stats, "finished": self._finished}).encode()
+
+    def give_back(self) -> None:
+        self._freeing = None
+        self._holds = False
+        self._card.give_back(self._habits.name)
+
+    def _act(self, path: str, request: Request) -> dict[str, str]:
+        """Do to the card what the request asks for, and give what to answer."""
+        if request.number("status", 200) >= 400:
+            return {}
+        if path == "/load":
+            return self._load()
+        if path in {"/unload", "/free"}:
+            return self._unload(request)
+        if self._habits.lazy:
+            if not json.loads(request.body or b"{}").get("prompt"):
+                return {"do": "text", "status": "400", "body": json.dumps(NO_PROMPT)}
+            return self._load()
+        return {} if self._holds else {"do": "text", "status": "503", "body": "not loaded"}
+
+    def _load(self) -> dict[str, str]:
+        if self._freeing is not None:  # an unload that was only noted comes first
+            self._freeing.cancel()
+            self.give_back()
+        self._holds = self._card.take(self._habits.name, self._habits.mib)
+        return {} if self._holds else {"do": "text", "status": "500", "body": "out of memory"}
+
+    def _unload(self, request: Request) -> dict[str, str]:
+        if "leak" in request.orders:
+            return {}
+        if not self._habits.free_s:
+            self.give_back()
+        elif self._freeing is None:
+            loop = asyncio.get_running_loop()
+            self._freeing = loop.call_later(self._habits.free_s, self.give_back)
+        return {}
+
+
+async def main(habits: Habits) -> None:
+    service = GpuService(habits)
+    server = await asyncio.start_server(service.connection, "127.0.0.1", habits.port)
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await ended.wait()
+    service.give_back()
+    os._exit(0)  # whatever it works at
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Habits(**json.loads(sys.argv[1]))))

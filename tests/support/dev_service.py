@@ -28,7 +28,7 @@ def main() -> None:
         Path(f"{options.pids}.new").write_text("\n".join(map(str, pids)))
         Path(f"{options.pids}.new").rename(options.pids)
     for number in range(options.lines):
-        print(f"line {number}")
+        print(f"line {number}", flush=True)
     print(options.say, file=sys.stderr, flush=True)
     if options.exit is not None:
         raise SystemExit(options.exit)

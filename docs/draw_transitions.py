@@ -21,7 +21,7 @@ def drawing(table: Mapping[tuple[StrEnum, StrEnum], StrEnum]) -> str:
     """Give a Mermaid diagram, one arrow for all the causes between two states."""
     arrows: dict[tuple[str, str], list[str]] = {}
     for (old, cause), new in table.items():
-        if old is not new or cause.name == "PLANNED_ANEW":
+        if old is not new:
             arrows.setdefault((old.value, new.value), []).append(cause.value)
     lines = [f"    {old} --> {new}: {' / '.join(why)}" for (old, new), why in arrows.items()]
     return "\n".join(["```mermaid", "stateDiagram-v2", *lines, "```"])

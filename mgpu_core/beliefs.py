@@ -1,15 +1,12 @@
 """Events that tell what is really so: samples of the cards, and probes of the services."""
 
+from collections.abc import Mapping
+
 from mgpu_core.draft import Draft
 from mgpu_core.events import GpuSample, ProbeResult
-from mgpu_core.memory import take_sample
-from mgpu_core.requests import is_unreachable
-from mgpu_core.state import ConsumerState, Residency, Source, assumed_residency
+from mgpu_core.memory import held_mib
+from mgpu_core.state import Card, ConsumerState, Promise, Residency, Source, assumed_residency
 from mgpu_core.transitions import Cause
-
-
-def on_sample(d: Draft, event: GpuSample) -> None:
-    take_sample(d, event)
 
 
 def on_probe(d: Draft, event: ProbeResult) -> None:
@@ -22,7 +19,7 @@ def on_probe(d: Draft, event: ProbeResult) -> None:
             "Ignored", consumer=event.consumer, what="ProbeResult", because="older than the last"
         )
         return
-    d.update(event.consumer, last_probe=event.taken, probe_error=event.error or event.failure)
+    d.update(event.consumer, last_probe=event.taken)
     if event.healthy:
         _answered(d, event, state)
     else:
@@ -32,7 +29,7 @@ def on_probe(d: Draft, event: ProbeResult) -> None:
 def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     """It lives; believe what it says of itself where nothing moved since it was asked."""
     name = event.consumer
-    if state.healthy is False:
+    if state.unreachable:
         d.note("Healthy", consumer=name)
         d.again = True
     d.update(name, healthy=True, refused=False, probe_failures=0, probe_error=None)
@@ -79,12 +76,12 @@ def _failed(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
         d.note("Ignored", consumer=name, what="ProbeResult", because="it loaded or unloaded")
         return
     failures = state.probe_failures + 1
-    d.update(name, probe_failures=failures)
+    d.update(name, probe_failures=failures, probe_error=event.error or event.failure)
     refused = event.failure == "refused"
     if not refused and failures < d.config.probe_failures:
         return
     d.update(name, healthy=False)
-    if not is_unreachable(state):
+    if not state.unreachable:
         d.note("Unreachable", consumer=name, error=event.error or event.failure)
         d.again = True
     if refused:
@@ -105,3 +102,98 @@ def _fail_all(d: Draft, name: str) -> None:
             f"{name} does not answer its health probe ({error})",
             retry_after_us=d.config.probe_interval_us,
         )
+
+
+# --------------------------------------------------------------------------------------- samples
+
+
+def on_sample(d: Draft, sample: GpuSample) -> None:
+    """Believe a good reading, and let go of the promises that it shows as taken."""
+    if sample.error != d.sample_error:
+        d.note("SampleFailed" if sample.error else "SampledAgain", error=sample.error)
+    d.sample_error = sample.error
+    if sample.error is not None:
+        return
+    taken = min(sample.taken, d.at)
+    for reading in sample.gpus:
+        old = d.cards.get(reading.index)
+        if old is not None and taken < old.taken:
+            d.note("Ignored", what="GpuSample", because="older than the last one")
+            continue
+        d.put_card(
+            reading.index,
+            Card(
+                total_mib=reading.total_mib,
+                used_mib=reading.used_mib,
+                free_mib=reading.free_mib,
+                taken=taken,
+                foreign_mib=_foreign_mib(d, reading.index, reading.used_mib, old),
+            ),
+        )
+    for name, promise in sorted(d.promises.items()):
+        if all(_shown_as_taken(d, promise, gpu, need) for gpu, need in promise.mib.items()):
+            d.give_up_promise(name)
+            _see_cold_start(d, name, promise)
+            _measure(d, name, promise)
+    d.again = True
+
+
+def _see_cold_start(d: Draft, name: str, promise: Promise) -> None:
+    """Learn from the card that a first request loaded its service, however that request ends."""
+    grown = [
+        2 * (d.cards[gpu].used_mib - promise.used_before_mib[gpu]) >= need
+        for gpu, need in promise.mib.items()
+        if gpu in promise.used_before_mib
+    ]
+    if promise.granted is None or not grown or not all(grown):
+        return
+    state = d.consumers[name]
+    if state.uncertain == "load":
+        d.move(name, Cause.SEEN_RESIDENT, Source.NVML, idle_since=d.at)
+    elif state.residency is Residency.RESIDENT:
+        d.update(name, source=Source.NVML, starter=None)
+
+
+def _measure(d: Draft, name: str, promise: Promise) -> None:
+    """Take what the card shows more than before its load as its footprint, where that is asked."""
+    consumer, state = d.consumer(name), d.consumers[name]
+    if not consumer.vram_auto or len(promise.mib) != 1 or promise.began is None:
+        return
+    others_moved = any(
+        other != name
+        and not d.consumer(other).vram_mib.keys().isdisjoint(promise.mib)
+        and (d.consumers[other].moved >= promise.began or other in d.swaps)
+        for other in d.consumers
+    )
+    if others_moved:
+        return
+    for gpu, before in promise.used_before_mib.items():
+        grown = d.cards[gpu].used_mib - before
+        if state.residency is Residency.RESIDENT and grown > 0:
+            d.update(name, measured_mib=grown)
+            d.note("Measured", consumer=name, measured_mib=grown)
+
+
+def _foreign_mib(d: Draft, gpu: int, used_mib: int, old: Card | None) -> int:
+    """What nobody here holds. While something moves, nobody can tell: the last figure stays."""
+    moving = d.promises or any(state.operation for state in d.consumers.values())
+    if moving and old is not None:
+        return old.foreign_mib
+    ours = sum(
+        held_mib(d.consumer(name), state, gpu)
+        for name, state in d.consumers.items()
+        if state.residency is not Residency.ABSENT
+    )
+    return max(0, used_mib - ours)
+
+
+def _shown_as_taken(d: Draft, promise: Promise, gpu: int, need: int) -> bool:
+    card = d.cards.get(gpu)
+    if card is None:
+        return False
+    if promise.done is not None and card.taken > promise.done:
+        return True
+    if promise.granted is None or card.taken <= promise.granted:
+        return False
+    before: Mapping[int, int] = promise.used_before_mib
+    return gpu in before and card.used_mib >= before[gpu] + need

@@ -199,10 +199,14 @@ class Draft:
         self.counters = evolve(self.counters, loads=self.counters.loads + 1)
         self.do(StartLoad(consumer=name, epoch=epoch))
 
+    def goes_by_route(self, name: str) -> bool:
+        """Routes come first; one whose routes gave back too little is stopped by its driver."""
+        consumer, leaky_mib = self.consumer(name), self.consumers[name].leaky_mib
+        return consumer.unload_route and (leaky_mib is None or consumer.driver == "none")
+
     def start_unload(self, name: str, epoch: int, *, because: str) -> None:
         """Send it out, with all of its server where only a stop of that helps."""
-        consumer, old = self.consumer(name), self.consumers[name]
-        by_route = consumer.unload_route and (old.leaky_mib is None or consumer.driver == "none")
+        old, by_route = self.consumers[name], self.goes_by_route(name)
         operation = Operation(
             kind="unload",
             epoch=epoch,

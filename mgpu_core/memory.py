@@ -4,17 +4,15 @@ With a good sample a card says itself what is free; without one the static budge
 the operator gave, less what residents are believed to hold.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 
 from attrs import evolve
 
 from mgpu_core.config import Consumer
 from mgpu_core.draft import Draft
-from mgpu_core.events import GpuSample
 from mgpu_core.ordering import is_pinned
 from mgpu_core.planners import Holder, View
-from mgpu_core.state import Card, ConsumerState, Promise, Residency, Source
-from mgpu_core.transitions import Cause
+from mgpu_core.state import Card, ConsumerState, Promise, Residency
 
 # A sample is good for so many poll intervals.
 GOOD_INTERVALS = 3
@@ -62,7 +60,7 @@ def gain_mib(d: Draft, name: str, gpu: int, *, by_driver: bool = False) -> int:
         and good_card(d, gpu) is not None
     ):
         return 0  # the sample counts what a failed load left behind, if anything
-    full = max(0, held_mib(consumer, state, gpu) - consumer.vram_residue_mib)
+    full = _clean_gain_mib(consumer, state, gpu)
     if state.leaky_mib is None:
         return full
     return full - state.leaky_mib if by_driver and stops_a_leak(d, name) else state.leaky_mib
@@ -76,10 +74,11 @@ def stops_a_leak(d: Draft, name: str) -> bool:
 def full_gain_mib(d: Draft, name: str) -> int:
     """What an unload of it should give back on all cards, if it does not leak."""
     consumer, state = d.consumer(name), d.consumers[name]
-    return sum(
-        max(0, held_mib(consumer, state, gpu) - consumer.vram_residue_mib)
-        for gpu in consumer.vram_mib
-    )
+    return sum(_clean_gain_mib(consumer, state, gpu) for gpu in consumer.vram_mib)
+
+
+def _clean_gain_mib(consumer: Consumer, state: ConsumerState, gpu: int) -> int:
+    return max(0, held_mib(consumer, state, gpu) - consumer.vram_residue_mib)
 
 
 def free_mib(d: Draft, target: str, gpu: int) -> int | None:
@@ -201,10 +200,7 @@ def cooling_down(d: Draft, name: str) -> bool:
 
 def stops_with(d: Draft, name: str) -> tuple[str, ...]:
     """Who shares its fate when it is unloaded: all of its server, where only a stop helps."""
-    consumer, state = d.consumer(name), d.consumers[name]
-    if consumer.unload_route and (state.leaky_mib is None or consumer.driver == "none"):
-        return ()
-    return tuple(d.siblings(name))
+    return () if d.goes_by_route(name) else tuple(d.siblings(name))
 
 
 def may_be_evicted(d: Draft, name: str) -> bool:
@@ -278,10 +274,23 @@ def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
 
 def promise_for(d: Draft, target: str) -> None:
     """Set aside what a swap will take; a target that is in already takes nothing."""
-    state = d.consumers[target]
-    needs = need_mib(d.consumer(target), state)
+    consumer, state = d.consumer(target), d.consumers[target]
+    needs = need_mib(consumer, state)
+    if consumer.vram_auto and not needs:
+        needs = dict.fromkeys(consumer.vram_mib, 0)  # nothing is known, but it will be measured
     if needs and state.residency is not Residency.RESIDENT:
         d.put_promise(target, Promise(mib=needs))
+
+
+def promise_loading(d: Draft, name: str) -> None:
+    """The load begins: what is in use now is not its own."""
+    promise = d.promises.get(name)
+    if promise is not None:
+        d.put_promise(name, evolve(promise, began=d.at, used_before_mib=_used_mib(d, promise)))
+
+
+def _used_mib(d: Draft, promise: Promise) -> dict[int, int]:
+    return {gpu: card.used_mib for gpu in promise.mib if (card := good_card(d, gpu))}
 
 
 def promise_taken(d: Draft, name: str) -> None:
@@ -299,76 +308,5 @@ def promise_granted(d: Draft, name: str) -> None:
     """A lazy consumer takes its memory from now on, at its own pace."""
     promise = d.promises.get(name)
     if promise is not None:
-        used = {gpu: card.used_mib for gpu in promise.mib if (card := good_card(d, gpu))}
-        d.put_promise(name, evolve(promise, granted=d.at, used_before_mib=used))
-
-
-def take_sample(d: Draft, sample: GpuSample) -> None:
-    """Believe a good reading, and let go of the promises that it shows as taken."""
-    if sample.error != d.sample_error:
-        d.note("SampleFailed" if sample.error else "SampledAgain", error=sample.error)
-    d.sample_error = sample.error
-    if sample.error is not None:
-        return
-    taken = min(sample.taken, d.at)
-    for reading in sample.gpus:
-        old = d.cards.get(reading.index)
-        if old is not None and taken < old.taken:
-            d.note("Ignored", what="GpuSample", because="older than the last one")
-            continue
-        d.put_card(
-            reading.index,
-            Card(
-                total_mib=reading.total_mib,
-                used_mib=reading.used_mib,
-                free_mib=reading.free_mib,
-                taken=taken,
-                foreign_mib=_foreign_mib(d, reading.index, reading.used_mib, old),
-            ),
-        )
-    for name, promise in sorted(d.promises.items()):
-        if all(_shown_as_taken(d, promise, gpu, need) for gpu, need in promise.mib.items()):
-            d.give_up_promise(name)
-            _see_cold_start(d, name, promise)
-    d.again = True
-
-
-def _see_cold_start(d: Draft, name: str, promise: Promise) -> None:
-    """Learn from the card that a first request loaded its service, however that request ends."""
-    grown = [
-        2 * (d.cards[gpu].used_mib - promise.used_before_mib[gpu]) >= need
-        for gpu, need in promise.mib.items()
-        if gpu in promise.used_before_mib
-    ]
-    if promise.granted is None or not grown or not all(grown):
-        return
-    state = d.consumers[name]
-    if state.uncertain == "load":
-        d.move(name, Cause.SEEN_RESIDENT, Source.NVML, idle_since=d.at)
-    elif state.residency is Residency.RESIDENT:
-        d.update(name, source=Source.NVML, starter=None)
-
-
-def _foreign_mib(d: Draft, gpu: int, used_mib: int, old: Card | None) -> int:
-    """What nobody here holds. While something moves, nobody can tell: the last figure stays."""
-    moving = d.promises or any(state.operation for state in d.consumers.values())
-    if moving and old is not None:
-        return old.foreign_mib
-    ours = sum(
-        held_mib(d.consumer(name), state, gpu)
-        for name, state in d.consumers.items()
-        if state.residency is not Residency.ABSENT
-    )
-    return max(0, used_mib - ours)
-
-
-def _shown_as_taken(d: Draft, promise: Promise, gpu: int, need: int) -> bool:
-    card = d.cards.get(gpu)
-    if card is None:
-        return False
-    if promise.done is not None and card.taken > promise.done:
-        return True
-    if promise.granted is None or card.taken <= promise.granted:
-        return False
-    before: Mapping[int, int] = promise.used_before_mib
-    return gpu in before and card.used_mib >= before[gpu] + need
+        used = _used_mib(d, promise)
+        d.put_promise(name, evolve(promise, granted=d.at, began=d.at, used_before_mib=used))

@@ -1,7 +1,6 @@
 """Why it was decided so: one structured note for each decision on a request or a consumer.
 
-Whatever explains (the explain command, the status page, the text of the log) reads notes and
-derives no reason anew.
+Whatever explains (the status page, the text of the log) reads notes and derives no reason anew.
 """
 
 from collections.abc import Mapping

@@ -1,62 +1,19 @@
-"""Events of an operator and of the broker's own life: unload, load, pin, drain, a new start."""
+"""Loads and unloads that no client asked for: an operator's, and those due by themselves."""
 
 from collections.abc import Sequence
 
-from attrs import evolve
-
 from mgpu_core import swaps
-from mgpu_core.config import Config, in_order
 from mgpu_core.draft import Draft
-from mgpu_core.effects import Probe, SampleGpu
-from mgpu_core.events import Load, Pin, Reconfigured, Started, Unload
+from mgpu_core.events import Load, Pin, Unload
 from mgpu_core.memory import at_work, is_busy, stops_with
 from mgpu_core.ordering import is_pinned
-from mgpu_core.requests import is_unreachable, operator_id
+from mgpu_core.requests import operator_id
 from mgpu_core.state import (
-    ConsumerState,
-    Counters,
     Operator,
     Phase,
     RequestState,
     Residency,
-    first_belief,
 )
-
-
-def on_started(d: Draft, event: Started) -> None:
-    """Forget what an earlier run had under way; keep what outlives it."""
-    d.run = event.run
-    d.draining = d.stopping = False
-    for name in d.retired:
-        del d.consumers[name]
-    d.configure(_without(d.config, d.retired))
-    d.retired = ()
-    for held in (
-        d.requests,
-        d.queue,
-        d.overtaken,
-        d.overtaken_high,
-        d.reasons,
-        d.waiting,
-        d.serving,
-        d.owed,
-        d.swaps,
-        d.promises,
-        d.cards,
-    ):
-        held.clear()
-    for name, state in d.consumers.items():
-        fresh = evolve(first_belief(d.consumer(name)), idle_since=d.at)
-        d.put_consumer(name, state.over_a_restart(fresh))
-    d.counters = d.counters or Counters()
-    d.sample_error = None
-    d.last_work = d.at
-    d.restore_due = False
-    d.preload_due = tuple(name for name, c in d.config.consumers.items() if c.preload)
-    d.do(SampleGpu())
-    for name in d.consumers:
-        d.do(Probe(consumer=name))
-    d.note("Started", run=event.run)
 
 
 def on_unload(d: Draft, event: Unload) -> None:
@@ -174,7 +131,7 @@ def _no_load(d: Draft, name: str) -> str | None:
     if not consumer.loadable:
         return "only its first request can load it"
     state = d.consumers[name]
-    if is_unreachable(state) and not consumer.startable:
+    if state.unreachable and not consumer.startable:
         return "it does not answer"
     if operator_id(name) in d.requests or state.residency is Residency.LOADING:
         return "it is being loaded already"
@@ -226,66 +183,3 @@ def restore_at(d: Draft) -> int | None:
     if d.config.restore_after_us is None or not d.restore_due or d.requests or d.swaps:
         return None
     return d.last_work + d.config.restore_after_us
-
-
-def on_shutdown(d: Draft) -> None:
-    d.draining = d.stopping = True
-    for name in [n for n, r in d.requests.items() if r.phase is not Phase.SERVING]:
-        d.reject(name, "shutting_down", "the broker is shutting down")
-    d.note("ShuttingDown")
-
-
-def on_reconfigured(d: Draft, event: Reconfigured) -> None:
-    """Take over a new configuration; who is no longer in it stays until nothing is left of it."""
-    old, new = d.config, event.config
-    kept = tuple(sorted(n for n in d.consumers if n not in new.consumers and _alive(d, n)))
-    consumers = {**new.consumers, **{name: old.consumers[name] for name in kept}}
-    d.configure(in_order(evolve(new, consumers=consumers)))
-    d.retired = kept
-    d.preload_due = tuple(name for name in d.preload_due if name in consumers)
-    for name in d.consumers.keys() - consumers.keys():
-        d.give_up_promise(name)
-    states: dict[str, ConsumerState] = {}
-    for name, consumer in d.config.consumers.items():
-        if name in d.consumers:
-            states[name] = d.consumers[name]
-        else:
-            states[name] = evolve(first_belief(consumer), idle_since=d.at)
-            d.do(Probe(consumer=name))
-    d.consumers = states
-    d.again = True
-    d.note("Reconfigured", retired=kept)
-
-
-def retire(d: Draft) -> None:
-    """Forget those that left the configuration and have nothing left here."""
-    gone = tuple(name for name in d.retired if not _alive(d, name))
-    if gone:
-        d.retired = tuple(name for name in d.retired if name not in gone)
-        for name in gone:
-            del d.consumers[name]
-            d.give_up_promise(name)
-        d.preload_due = tuple(name for name in d.preload_due if name not in gone)
-        d.configure(_without(d.config, gone))
-        d.note("Retired", who=gone)
-
-
-def _alive(d: Draft, name: str) -> bool:
-    """Something of it is still here: memory that can be given back, or requests."""
-    state = d.consumers[name]
-    holds = state.residency is not Residency.ABSENT and d.consumer(name).unloadable
-    return (
-        holds
-        or state.operation is not None
-        or name in d.swaps
-        or any(name in swap.victims for swap in d.swaps.values())
-        or name in d.waiting
-        or name in d.serving
-    )
-
-
-def _without(config: Config, names: tuple[str, ...]) -> Config:
-    if not names:
-        return config
-    consumers = {n: c for n, c in config.consumers.items() if n not in names}
-    return evolve(config, consumers=consumers)

@@ -2,7 +2,7 @@
 
 A planner of your own is any object with `victims(target, view)`: pure, without side effects, as
 it is asked speculatively. Its answer is the whole set before anything is unloaded; it is believed
-about what fits. See `Lru` for the built-in one.
+about what fits. `Lru` and `Gdsf` are built in.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ class Holder:
     pinned: bool
     # It may be named at all: there is a way to unload it, and nothing forbids that now.
     evictable: bool
-    # It could be unloaded at once: it does not serve, load, unload, and nobody waits for it.
+    # It could be unloaded at once: it does not serve, load or unload, is not busy and not owed.
     idle: bool
 
 

@@ -4,7 +4,7 @@ from mgpu_core.draft import Draft
 from mgpu_core.effects import Reject
 from mgpu_core.events import Cancel, Request, ServeDone
 from mgpu_core.memory import can_never_fit, promise_taken
-from mgpu_core.state import ConsumerState, Phase, RequestState, Residency, Source, State
+from mgpu_core.state import Phase, RequestState, Residency, Source, State
 from mgpu_core.transitions import Cause
 
 
@@ -57,7 +57,7 @@ def _refused(d: Draft, event: Request) -> bool:
     if d.draining or d.stopping:
         return refuse("shutting_down", "the broker takes no new work", retryable=True)
     state = d.consumers[name]
-    if is_unreachable(state) and not consumer.startable:
+    if state.unreachable and not consumer.startable:
         why = f"{name} does not answer its health probe ({state.probe_error})"
         retry_us = d.config.probe_interval_us
         return refuse("consumer_unreachable", why, retryable=True, retry_us=retry_us)
@@ -81,11 +81,7 @@ def _operator_loads(d: Draft, name: str) -> int:
 
 def operator_id(consumer: str) -> str:
     """Give the id of the request without a client that brings a consumer in; one at a time."""
-    return f"load/{consumer}"
-
-
-def is_unreachable(state: ConsumerState) -> bool:
-    return state.healthy is False
+    return f"load:{consumer}"
 
 
 def on_cancel(d: Draft, event: Cancel) -> None:

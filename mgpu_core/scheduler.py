@@ -9,15 +9,15 @@ from typing import Any
 
 from attrs import frozen
 
-from mgpu_core import beliefs, events, operator, requests, swaps, walk
+from mgpu_core import beliefs, completions, events, lifecycle, operator, requests, swaps, walk
 from mgpu_core.config import Config, in_order
 from mgpu_core.draft import Draft
-from mgpu_core.effects import Effect, Probe, WakeAt
-from mgpu_core.events import Event, SwapDone, UnloadDone
+from mgpu_core.effects import Effect, WakeAt
+from mgpu_core.events import Event
 from mgpu_core.memory import GOOD_INTERVALS
 from mgpu_core.notes import Note
 from mgpu_core.planners import Planner
-from mgpu_core.state import Operation, Phase, State, SwapPhase, initial_state
+from mgpu_core.state import Phase, State, SwapPhase, initial_state
 
 
 @frozen
@@ -47,7 +47,7 @@ class Scheduler:
         """Take one event. Whatever it holds, this never raises: odd input leaves a note."""
         d = Draft(state, event.at, self._planner)
         HANDLERS[type(event)](d, event)
-        give_up_overdue(d)
+        completions.give_up_overdue(d)
         settle(d)
         set_alarm(d)
         return Transition(d.close(), tuple(d.effects), tuple(d.notes))
@@ -70,64 +70,12 @@ def settle(d: Draft) -> None:
         if not d.again:
             operator.load_by_itself(d)
         if not d.again:
-            operator.retire(d)
+            lifecycle.retire(d)
             return
     raise AssertionError(f"the step at {d.at} does not come to rest")
 
 
 # ---------------------------------------------------------------------------- single events
-
-
-def on_unload_done(d: Draft, event: UnloadDone) -> None:
-    operation = _operation(d, event.consumer)
-    if operation is None or operation.kind != "unload" or operation.epoch != event.epoch:
-        d.note("Ignored", consumer=event.consumer, what="UnloadDone", because="old epoch")
-        return
-    swaps.unloaded(d, event.consumer, event.error)
-
-
-def on_swap_done(d: Draft, event: SwapDone) -> None:
-    operation = _operation(d, event.consumer)
-    if operation is None or operation.kind != "load" or operation.epoch != event.epoch:
-        d.note("Ignored", consumer=event.consumer, what="SwapDone", because="old epoch")
-        if event.consumer in d.consumers:
-            d.do(Probe(consumer=event.consumer))  # a load that was given up has ended after all
-        return
-    swaps.loaded(d, event.consumer, event.error)
-
-
-def _operation(d: Draft, name: str) -> Operation | None:
-    state = d.consumers.get(name)
-    return state.operation if state else None
-
-
-def give_up_overdue(d: Draft) -> None:
-    """Take a completion that does not come for a failure."""
-    for name, state in list(d.consumers.items()):
-        operation = state.operation
-        if operation is None or d.at < operation.deadline:
-            continue
-        if operation is not d.consumers[name].operation:
-            continue  # it ended with its server just now
-        ended = swaps.loaded if operation.kind == "load" else swaps.unloaded
-        ended(d, name, "timeout")
-
-
-def on_drain(d: Draft, _event: events.Drain) -> None:
-    d.draining = True
-    d.note("Draining")
-
-
-def on_resume(d: Draft, _event: events.Resume) -> None:
-    if d.stopping:
-        d.note("Ignored", what="Resume", because="the broker is shutting down")
-        return
-    d.draining = False
-    d.note("Resumed")
-
-
-def on_shutdown(d: Draft, _event: events.Shutdown) -> None:
-    operator.on_shutdown(d)
 
 
 def on_tick(d: Draft, _event: events.Tick) -> None:
@@ -137,22 +85,22 @@ def on_tick(d: Draft, _event: events.Tick) -> None:
 Handler = Callable[[Draft, Any], None]
 
 HANDLERS: Mapping[type, Handler] = {
-    events.Started: operator.on_started,
+    events.Started: lifecycle.on_started,
     events.Request: requests.on_request,
     events.Cancel: requests.on_cancel,
     events.ServeDone: requests.on_serve_done,
-    events.UnloadDone: on_unload_done,
-    events.SwapDone: on_swap_done,
+    events.UnloadDone: completions.on_unload_done,
+    events.SwapDone: completions.on_swap_done,
     events.Unload: operator.on_unload,
     events.Load: operator.on_load,
     events.GpuSample: beliefs.on_sample,
     events.ProbeResult: beliefs.on_probe,
     events.Pin: operator.on_pin,
-    events.Reconfigured: operator.on_reconfigured,
+    events.Reconfigured: lifecycle.on_reconfigured,
     events.Tick: on_tick,
-    events.Drain: on_drain,
-    events.Resume: on_resume,
-    events.Shutdown: on_shutdown,
+    events.Drain: lifecycle.on_drain,
+    events.Resume: lifecycle.on_resume,
+    events.Shutdown: lifecycle.on_shutdown,
 }
 
 

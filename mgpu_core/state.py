@@ -92,6 +92,10 @@ class ConsumerState:
     unload_cooldown: Cooldown | None = None
     total_requests: int = 0
 
+    @property
+    def unreachable(self) -> bool:
+        return self.healthy is False
+
     def over_a_restart(self, fresh: "ConsumerState") -> "ConsumerState":
         """Give what outlives a run, with a fresh belief about everything else."""
         return evolve(
@@ -177,8 +181,10 @@ class Promise:
     mib: Mapping[int, int]
     # When the load was over, so that a later sample shows it.
     done: int | None = None
-    # Lazy ones: when the first request was granted, and what was in use then.
+    # Lazy ones: when the first request was granted.
     granted: int | None = None
+    # When the load or that request began to take it, and what was in use then.
+    began: int | None = None
     used_before_mib: Mapping[int, int] = field(factory=dict)
 
 

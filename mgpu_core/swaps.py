@@ -4,35 +4,31 @@ from attrs import evolve
 
 from mgpu_core.config import SECOND_US
 from mgpu_core.draft import Draft
-from mgpu_core.effects import Probe, SampleGpu
+from mgpu_core.effects import SampleGpu
+from mgpu_core.leaks import mark_leaky, trust_again
 from mgpu_core.memory import (
     alike,
     at_work,
     cooling_down,
-    full_gain_mib,
     gain_mib,
     good_card,
     is_busy,
     may_be_evicted,
     need_mib,
     promise_for,
-    promise_taken,
+    promise_loading,
     stops_a_leak,
     stops_with,
     view_for,
 )
 from mgpu_core.notes import Reason, Why
 from mgpu_core.state import (
-    Cooldown,
     Residency,
-    Source,
     Swap,
     SwapPhase,
 )
-from mgpu_core.transitions import Cause, Turn
+from mgpu_core.transitions import Turn
 
-FIRST_COOLDOWN_US = 5 * SECOND_US
-LONGEST_COOLDOWN_US = 300 * SECOND_US
 # Between two looks at the cards while a swap waits to see memory come free.
 SETTLE_POLL_US = SECOND_US // 4
 
@@ -185,7 +181,7 @@ def _settle(d: Draft, swap: Swap) -> bool:
     newer = [card for card in cards if card.taken > swap.unloaded]
     seen = bool(cards) and len(newer) == len(cards)
     if seen and not view_for(d, swap.target, max_evictions=0).missing_mib():
-        _unloads_were_clean(d, swap)
+        trust_again(d, swap)
         return _load(d, d.turn(swap, Turn.ROOM))
     nothing_to_see = not cards or (swap.failed and len(swap.evicted) == 1)
     if d.at < swap.settle_until and not nothing_to_see:
@@ -198,7 +194,7 @@ def _settle(d: Draft, swap: Swap) -> bool:
     if not newer:
         d.note("UnloadBelieved", consumer=swap.target, epoch=swap.epoch)
         return _load(d, d.turn(swap, Turn.ROOM))
-    _mark_leaky(d, swap)
+    mark_leaky(d, swap)
     return _plan_anew(d, swap, because="the unloads did not free enough")
 
 
@@ -225,9 +221,7 @@ def _plan_anew(d: Draft, swap: Swap, *, because: str) -> bool:
         end(d, swap, because="too many evictions for one swap")
         return False
     if not more:
-        if swap.phase is SwapPhase.SETTLING:
-            return _load(d, d.turn(swap, Turn.ROOM))
-        return _load(d, d.turn(swap, Turn.NOTHING_TO_UNLOAD))
+        return _load(d, d.turn(swap, Turn.ROOM))
     new = d.turn(
         swap,
         Turn.PLANNED_ANEW,
@@ -246,6 +240,7 @@ def _load(d: Draft, swap: Swap) -> bool:
     if state.residency is Residency.RESIDENT:
         finish(d, swap)
     elif consumer.loadable:
+        promise_loading(d, swap.target)
         d.start_load(swap.target, swap.epoch)
     else:
         d.update(swap.target, cleared=True)
@@ -256,7 +251,7 @@ def _load(d: Draft, swap: Swap) -> bool:
 def finish(d: Draft, swap: Swap) -> None:
     """The target is in, or may be started: who waited for it is served first, or owed."""
     waiters = d.joined(swap.target)
-    _forget(d, swap)
+    forget(d, swap)
     for name in waiters:
         if d.requests[name].operator is not None:
             d.drop(name)
@@ -269,7 +264,7 @@ def end(d: Draft, swap: Swap, *, because: str) -> None:
     """Give a swap up before its load: waiters go back to their places."""
     d.note("SwapEnded", consumer=swap.target, epoch=swap.epoch, because=because)
     waiters = d.joined(swap.target)
-    _forget(d, swap)
+    forget(d, swap)
     d.give_up_promise(swap.target)
     for name in waiters:
         d.enqueue_again(name, owed=False)
@@ -279,169 +274,10 @@ def abandon(d: Draft, swap: Swap) -> None:
     """Forget a swap that force has overtaken; its unloads go on to their end."""
     d.note("SwapEnded", consumer=swap.target, epoch=swap.epoch, because="unloaded by force")
     assert not d.joined(swap.target)
-    _forget(d, swap)
+    forget(d, swap)
     d.give_up_promise(swap.target)
 
 
-def _forget(d: Draft, swap: Swap) -> None:
+def forget(d: Draft, swap: Swap) -> None:
     d.drop_swap(swap)
     d.update(swap.target, touched=d.at)
-
-
-# ------------------------------------------------------------------------------------ completions
-
-
-def loaded(d: Draft, name: str, error: str | None) -> None:
-    """The load of a swap ended."""
-    state, swap = d.consumers[name], d.swaps[name]
-    assert state.operation is not None
-    if error is not None:
-        cooldown = _longer(d, state.load_cooldown)
-        d.note("LoadFailed", consumer=name, error=error, failures=cooldown.failures)
-        d.move(
-            name,
-            Cause.LOAD_FAILED,
-            Source.COMMAND,
-            uncertain="load",
-            load_cooldown=cooldown,
-            touched=d.at,
-        )
-        for request in d.waiting_for(name):
-            d.reject(
-                request,
-                "load_failed",
-                f"{name} failed to load ({error})",
-                retry_after_us=cooldown.until - d.at,
-            )
-        _forget(d, swap)
-        d.give_up_promise(name)
-        return
-    d.move(
-        name,
-        Cause.LOADED,
-        Source.COMMAND,
-        load_us=d.at - state.operation.since,
-        load_cooldown=None,
-        leaky_mib=None,
-        idle_since=None if swap.restore else d.at,
-        refused=False,
-        healthy=True,
-        probe_failures=0,
-        touched=d.at,
-    )
-    if not d.consumer(name).lazy:
-        promise_taken(d, name)
-    finish(d, swap)
-
-
-def unloaded(d: Draft, name: str, error: str | None) -> None:
-    """An unload ended, for all that went with it."""
-    operation = d.consumers[name].operation
-    assert operation is not None
-    together = [
-        one
-        for one in (name, *d.siblings(name))
-        if d.consumers[one].operation is not None
-        and d.consumers[one].operation.epoch == operation.epoch  # type: ignore[union-attr]
-        and (one == name or operation.how == "driver")
-    ]
-    for one in together:
-        _one_unloaded(d, one, error)
-    for swap in list(d.swaps.values()):
-        if swap.epoch == operation.epoch:
-            d.put_swap(_after_unload(d, swap, together, error))
-
-
-def _after_unload(d: Draft, swap: Swap, names: list[str], error: str | None) -> Swap:
-    if error is None:
-        return evolve(swap, unloaded=d.at)
-    expected = {name: mib for name, mib in swap.expected_mib.items() if name not in names}
-    return evolve(swap, unloaded=d.at, failed=True, expected_mib=expected)
-
-
-def _one_unloaded(d: Draft, name: str, error: str | None) -> None:
-    state = d.consumers[name]
-    by_route = state.operation is not None and state.operation.how == "routes"
-    if error is None:
-        d.move(
-            name,
-            Cause.UNLOADED,
-            Source.COMMAND,
-            unload_cooldown=None,
-            leaving=False,
-            cleared=False,
-            touched=d.at,
-            # Where a driver stopped it, no process is left that could hold anything.
-            leaky_mib=state.leaky_mib if by_route else None,
-        )
-        promise_taken(d, name)  # what it took since the last sample is not free yet
-        return
-    cooldown = _longer(d, state.unload_cooldown)
-    d.note("UnloadFailed", consumer=name, error=error, failures=cooldown.failures)
-    d.move(
-        name,
-        Cause.UNLOAD_FAILED,
-        Source.COMMAND,
-        uncertain="unload",
-        unload_cooldown=cooldown,
-        leaving=False,
-        touched=d.at,
-    )
-    promise_taken(d, name)
-    d.do(Probe(consumer=name))
-
-
-def _longer(d: Draft, cooldown: Cooldown | None) -> Cooldown:
-    """Double the wait with each failure in a row."""
-    failures = 1 if cooldown is None else cooldown.failures + 1
-    wait = min(LONGEST_COOLDOWN_US, FIRST_COOLDOWN_US << min(failures - 1, 10))
-    return Cooldown(failures=failures, until=d.at + wait)
-
-
-# ------------------------------------------------------------------------------------------ leaks
-
-
-def _unloads_were_clean(d: Draft, swap: Swap) -> None:
-    """Trust a leaky victim again when what came free is what it should give."""
-    freed = _freed_mib(d, swap)
-    should = sum(full_gain_mib(d, name) for name in swap.expected_mib)
-    for name in swap.expected_mib:
-        if d.consumers[name].leaky_mib is not None and 2 * freed >= should:
-            d.update(name, leaky_mib=None)
-
-
-def _mark_leaky(d: Draft, swap: Swap) -> None:
-    """Remember whose unload gave back less than half, where nothing else can be the reason."""
-    cards = [good_card(d, gpu) for gpu in swap.free_before_mib]
-    expected, freed = sum(swap.expected_mib.values()), _freed_mib(d, swap)
-    if not expected or not all(cards) or any(_disturbed(d, swap, g) for g in swap.free_before_mib):
-        return
-    if freed < 0 or 2 * freed >= expected:
-        return  # less than before: somebody else took memory meanwhile
-    for name, should in swap.expected_mib.items():
-        measured = freed * should // expected
-        d.update(name, leaky_mib=measured)
-        d.note("Leaky", consumer=name, expected_mib=should, freed_mib=measured)
-        if d.consumers[name].residency is Residency.ABSENT:
-            # It holds most of its memory still, so it can be told to go again, or be served.
-            d.move(name, Cause.LEAKED, Source.NVML, uncertain="unload")
-            d.do(Probe(consumer=name))
-
-
-def _freed_mib(d: Draft, swap: Swap) -> int:
-    """What came free on the victims' cards since they were told to go."""
-    return sum(
-        card.free_mib - before
-        for gpu, before in swap.free_before_mib.items()
-        if (card := good_card(d, gpu))
-    )
-
-
-def _disturbed(d: Draft, swap: Swap, gpu: int) -> bool:
-    """Something else moved memory on this card since the swap began."""
-    ours = {swap.target, *swap.evicted}
-    return any(
-        gpu in d.consumer(name).vram_mib and (name in d.swaps or state.moved >= swap.since)
-        for name, state in d.consumers.items()
-        if name not in ours
-    )

@@ -74,7 +74,6 @@ class Turn(StrEnum):
 SWAP: Mapping[tuple[SwapPhase, Turn], SwapPhase] = {
     (SwapPhase.UNLOADING, Turn.UNLOADED): SwapPhase.SETTLING,
     (SwapPhase.UNLOADING, Turn.NOTHING_TO_UNLOAD): SwapPhase.LOADING,
-    (SwapPhase.UNLOADING, Turn.PLANNED_ANEW): SwapPhase.UNLOADING,
     (SwapPhase.SETTLING, Turn.ROOM): SwapPhase.LOADING,
     (SwapPhase.SETTLING, Turn.PLANNED_ANEW): SwapPhase.UNLOADING,
 }

@@ -162,15 +162,15 @@ def no_room(d: Draft, consumer: Consumer) -> Reason | None:
         holders = slot_holders(d, gpu)
         if len(holders) >= settings.max_parallel:
             return Reason(why=Why.SLOT, who=holders)
-    if not d.config.overlap_loads:
-        loading = sorted(
-            name
-            for name in d.swaps
-            if not d.consumer(name).vram_mib.keys().isdisjoint(consumer.vram_mib.keys())
-        )
-        if loading:
-            return Reason(why=Why.NO_OVERLAP, who=tuple(loading))
+    if not d.config.overlap_loads and (loading := _swaps_beside(d, consumer)):
+        return Reason(why=Why.NO_OVERLAP, who=tuple(sorted(loading)))
     return None
+
+
+def _swaps_beside(d: Draft, consumer: Consumer) -> set[str]:
+    """Give the targets of swaps on its cards."""
+    cards = consumer.vram_mib.keys()
+    return {name for name in d.swaps if d.consumer(name).vram_mib.keys() & cards}
 
 
 def slot_holders(d: Draft, gpu: int) -> tuple[str, ...]:
@@ -195,13 +195,9 @@ def _no_overlap(d: Draft, consumer: Consumer) -> Reason | None:
     if d.config.overlap_loads:
         return None
     at_work = {name for gpu in consumer.vram_mib for name in slot_holders(d, gpu)}
-    swapping = {
-        name
-        for name in d.swaps
-        if not d.consumer(name).vram_mib.keys().isdisjoint(consumer.vram_mib.keys())
-    }
-    if at_work or swapping:
-        return Reason(why=Why.NO_OVERLAP, who=tuple(sorted(at_work | swapping)))
+    in_the_way = at_work | _swaps_beside(d, consumer)
+    if in_the_way:
+        return Reason(why=Why.NO_OVERLAP, who=tuple(sorted(in_the_way)))
     return None
 
 

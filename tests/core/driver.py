@@ -13,6 +13,7 @@ from mgpu_core import effects as fx
 from mgpu_core import events as ev
 from mgpu_core.config import SECOND_US, Config, Consumer, Gpu, config_of
 from mgpu_core.effects import Effect
+from mgpu_core.invariants import violations
 from mgpu_core.notes import Note
 from mgpu_core.scheduler import Scheduler
 from mgpu_core.state import Phase, State
@@ -98,6 +99,7 @@ class Core:
         """Send this very event, whatever its `at`; keep what came of it."""
         transition = self.scheduler.step(self.state, event)
         self.state = transition.state
+        assert violations(self.state) == ()
         self.last, self.last_notes = tuple(transition.effects), tuple(transition.notes)
         self.effects += self.last
         self.notes += self.last_notes

@@ -73,3 +73,25 @@ def test_a_leaky_service_without_a_driver_can_still_be_served_and_told_to_go() -
         core.sample(free=4_000)
     assert core.state.consumers["a"].leaky_mib == 0
     assert core.request("r2", "a") == ["load a"]  # the memory that it holds counts for itself
+
+
+def test_a_footprint_on_auto_is_what_the_card_showed_more_after_a_lone_load() -> None:
+    core = Core(service("a", vram_auto=True), service("b", 8_000), gpus=CARD, absent=["a", "b"])
+    core.sample(free=14_000)
+    assert core.request("r1", "a") == ["load a"]
+    core.loaded("a")
+    core.sample(free=5_000)
+    assert core.state.consumers["a"].measured_mib == 9_000
+    core.finish("r1")
+    assert core.request("r2", "b") == ["unload a"]
+
+
+def test_a_footprint_on_auto_is_not_taken_while_others_move() -> None:
+    core = Core(service("a", vram_auto=True), service("b", 3_000), gpus=CARD, absent=["a", "b"])
+    core.sample(free=14_000)
+    core.request("r1", "a")
+    core.request("r2", "b")
+    core.loaded("a")
+    core.loaded("b")
+    core.sample(free=2_000)
+    assert core.state.consumers["a"].measured_mib is None

@@ -184,7 +184,6 @@ class World(Core):
 
 
 def check_step(event: ev.Event, before: State, world: World) -> None:
-    check_order(world.state)
     for effect in world.last:
         match effect:
             case fx.StartUnload():
@@ -199,16 +198,6 @@ def check_step(event: ev.Event, before: State, world: World) -> None:
                 assert effect.time > world.state.at
     for request, ends in world.ends.items():
         assert len(ends) == 1 or request == "late", (request, ends)
-
-
-def check_order(state: State) -> None:
-    requests = state.requests.values()
-    queued = [r for r in requests if r.phase is Phase.QUEUED]
-    by_rule = sorted(queued, key=lambda r: (-r.priority, r.arrival))
-    assert list(state.queue) == [r.request for r in by_rule]
-    waiting = {r.request for r in requests if r.phase is not Phase.SERVING}
-    assert set(state.overtaken) | set(state.overtaken_high) <= waiting
-    assert all(r.phase is not Phase.JOINED or r.consumer in state.swaps for r in requests)
 
 
 def check_grant(effect: fx.Serve, state: State) -> None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
+from attrs import evolve
+
 from mgpu_core.draft import Draft
 from mgpu_core.events import GpuSample, ProbeResult
-from mgpu_core.memory import held_mib
+from mgpu_core.memory import good_card, held_mib
 from mgpu_core.state import Card, ConsumerState, Promise, Residency, Source, assumed_residency
 from mgpu_core.transitions import Cause
 
@@ -14,6 +16,7 @@ def on_probe(d: Draft, event: ProbeResult) -> None:
     if state is None:
         d.note("Ignored", consumer=event.consumer, what="ProbeResult", because="it is not known")
         return
+    event = evolve(event, taken=min(event.taken, d.at))
     if state.last_probe is not None and event.taken < state.last_probe:
         d.note(
             "Ignored", consumer=event.consumer, what="ProbeResult", because="older than the last"
@@ -37,6 +40,7 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
         state.operation is None
         and name not in d.swaps
         and name not in d.serving
+        and not any(name in swap.victims for swap in d.swaps.values())
         and event.taken > state.touched
     )
     if quiet and event.resident is not None:
@@ -44,7 +48,8 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     elif quiet and state.refused:
         assumed = assumed_residency(d.consumer(name)) is Residency.RESIDENT
         _see(d, name, resident=assumed, source=Source.ASSUMED)
-    if event.vram_mib and d.consumers[name].residency is Residency.RESIDENT:
+    settled = event.taken > state.moved and state.starter is None
+    if event.vram_mib and settled and d.consumers[name].residency is Residency.RESIDENT:
         d.update(name, measured_mib=event.vram_mib)
     if event.busy is not None:
         d.update(name, busy_seen=event.taken if event.busy else None)
@@ -69,7 +74,7 @@ def _see(d: Draft, name: str, *, resident: bool, source: Source) -> None:
 
 def _failed(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     name = event.consumer
-    if event.failure == "timeout" and (name in d.serving or event.taken <= state.last_done):
+    if event.failure == "timeout" and _worked(d, name, event.taken):
         d.note("Ignored", consumer=name, what="ProbeResult", because="it was at work for us")
         return
     if state.operation is not None or event.taken < state.moved:
@@ -87,9 +92,17 @@ def _failed(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     if refused:
         d.update(name, refused=True, cleared=False, busy_seen=None)
         d.move(name, Cause.REFUSED, Source.PROBE)
-        d.give_up_promise(name)
+        if name not in d.swaps:
+            d.give_up_promise(name)
     if not d.consumer(name).startable:
         _fail_all(d, name)
+
+
+def _worked(d: Draft, name: str, since: int) -> bool:
+    """Its server worked for us since then, and may have answered nobody meanwhile."""
+    return any(
+        one in d.serving or d.consumers[one].last_done >= since for one in (name, *d.siblings(name))
+    )
 
 
 def _fail_all(d: Draft, name: str) -> None:
@@ -131,7 +144,8 @@ def on_sample(d: Draft, sample: GpuSample) -> None:
             ),
         )
     for name, promise in sorted(d.promises.items()):
-        if all(_shown_as_taken(d, promise, gpu, need) for gpu, need in promise.mib.items()):
+        seen = {gpu: need for gpu, need in promise.mib.items() if good_card(d, gpu)}
+        if seen and all(_shown_as_taken(d, promise, gpu, need) for gpu, need in seen.items()):
             d.give_up_promise(name)
             _see_cold_start(d, name, promise)
             _measure(d, name, promise)

@@ -88,7 +88,7 @@ def loaded(d: Draft, name: str, error: str | None) -> None:
         probe_failures=0,
         touched=d.at,
     )
-    if not d.consumer(name).lazy:
+    if not d.consumer(name).lazy or not d.joined(name):
         promise_taken(d, name)
     finish(d, swap)
 
@@ -106,6 +106,8 @@ def unloaded(d: Draft, name: str, error: str | None) -> None:
     ]
     for one in together:
         _one_unloaded(d, one, error)
+    if any(gpu in d.cards for one in together for gpu in d.consumer(one).vram_mib):
+        d.sample()  # what is known of the cards is older than this
     for swap in list(d.swaps.values()):
         if swap.epoch == operation.epoch:
             d.put_swap(_after_unload(d, swap, together, error))
@@ -133,7 +135,7 @@ def _one_unloaded(d: Draft, name: str, error: str | None) -> None:
             # Where a driver stopped it, no process is left that could hold anything.
             leaky_mib=state.leaky_mib if by_route else None,
         )
-        promise_taken(d, name)  # what it took since the last sample is not free yet
+        _end_promise(d, name)
         return
     cooldown = _longer(d, state.unload_cooldown)
     d.note("UnloadFailed", consumer=name, error=error, failures=cooldown.failures)
@@ -146,8 +148,14 @@ def _one_unloaded(d: Draft, name: str, error: str | None) -> None:
         leaving=False,
         touched=d.at,
     )
-    promise_taken(d, name)
+    _end_promise(d, name)
     d.do(Probe(consumer=name))
+
+
+def _end_promise(d: Draft, name: str) -> None:
+    """What it took since the last sample is not free before the next one."""
+    if name not in d.swaps:
+        promise_taken(d, name)
 
 
 def _longer(d: Draft, cooldown: Cooldown | None) -> Cooldown:

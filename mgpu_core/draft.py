@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 from attrs import evolve
 
 from mgpu_core.config import Config, Consumer
-from mgpu_core.effects import Effect, Reject, Serve, StartLoad, StartUnload
+from mgpu_core.effects import Effect, Reject, SampleGpu, Serve, StartLoad, StartUnload
 from mgpu_core.notes import Detail, Note, Reason
 from mgpu_core.planners import PLANNERS, Planner
 from mgpu_core.state import (
@@ -114,6 +114,11 @@ class Draft:
     def do(self, effect: Effect) -> None:
         self.effects.append(effect)
 
+    def sample(self) -> None:
+        """Have the cards read, once a step."""
+        if SampleGpu() not in self.effects:
+            self.do(SampleGpu())
+
     def note(
         self,
         type_: str,
@@ -214,7 +219,10 @@ class Draft:
             deadline=self.at + self.config.unload_timeout_us,
             how="routes" if by_route else "driver",
         )
-        for one in (name,) if by_route else (name, *self.siblings(name)):
+        together = (name,) if by_route else (name, *self.siblings(name))
+        for one in together:
+            if self.consumers[one].residency is Residency.ABSENT:
+                continue
             self.move(
                 one,
                 Cause.UNLOAD_STARTED,

@@ -4,7 +4,7 @@ from attrs import evolve
 
 from mgpu_core.config import Config, in_order
 from mgpu_core.draft import Draft
-from mgpu_core.effects import Probe, SampleGpu
+from mgpu_core.effects import Probe
 from mgpu_core.events import Drain, Reconfigured, Resume, Shutdown, Started
 from mgpu_core.state import ConsumerState, Phase, Residency, first_belief
 
@@ -13,6 +13,7 @@ def on_started(d: Draft, event: Started) -> None:
     """Forget what an earlier run had under way; keep what outlives it."""
     d.run = event.run
     d.draining = d.stopping = False
+    d.wake = None
     for name in d.retired:
         del d.consumers[name]
     d.configure(_without(d.config, d.retired))
@@ -38,7 +39,7 @@ def on_started(d: Draft, event: Started) -> None:
     d.last_work = d.at
     d.restore_due = False
     d.preload_due = tuple(name for name, c in d.config.consumers.items() if c.preload)
-    d.do(SampleGpu())
+    d.sample()
     for name in d.consumers:
         d.do(Probe(consumer=name))
     d.note("Started", run=event.run)
@@ -100,9 +101,9 @@ def retire(d: Draft) -> None:
 
 
 def _alive(d: Draft, name: str) -> bool:
-    """Something of it is still here: memory that can be given back, or requests."""
+    """Something of it is still here: memory or requests."""
     state = d.consumers[name]
-    holds = state.residency is not Residency.ABSENT and d.consumer(name).unloadable
+    holds = state.residency is not Residency.ABSENT and not d.consumer(name).vram_managed
     return (
         holds
         or state.operation is not None

@@ -204,12 +204,17 @@ def stops_with(d: Draft, name: str) -> tuple[str, ...]:
 
 
 def may_be_evicted(d: Draft, name: str) -> bool:
+    """Nothing forbids it, for itself or for those who would go with it."""
     return (
         d.consumer(name).unloadable
-        and not d.consumer(name).vram_managed
         and not cooling_down(d, name)
-        and not any(is_pinned(d, one) for one in (name, *stops_with(d, name)))
+        and not any(is_protected(d, one) for one in (name, *stops_with(d, name)))
     )
+
+
+def is_protected(d: Draft, name: str) -> bool:
+    """Only an operator who names it may send it out."""
+    return d.consumer(name).vram_managed or is_pinned(d, name)
 
 
 def alike(d: Draft, name: str) -> Hashable:
@@ -264,6 +269,7 @@ def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
         busy=is_busy(d, name),
         owed=name in d.owed,
         pinned=is_pinned(d, name),
+        stops_with=stops_with(d, name),
         evictable=may_be_evicted(d, name),
         idle=not any(at_work(d, one) for one in (name, *stops_with(d, name))),
     )
@@ -279,7 +285,15 @@ def promise_for(d: Draft, target: str) -> None:
     if consumer.vram_auto and not needs:
         needs = dict.fromkeys(consumer.vram_mib, 0)  # nothing is known, but it will be measured
     if needs and state.residency is not Residency.RESIDENT:
+        _lose_baselines(d, set(needs))
         d.put_promise(target, Promise(mib=needs))
+
+
+def _lose_baselines(d: Draft, gpus: set[int]) -> None:
+    """From now on, growth on these cards may be somebody else's."""
+    for name, promise in list(d.promises.items()):
+        if promise.granted is not None and gpus & promise.used_before_mib.keys():
+            d.put_promise(name, evolve(promise, used_before_mib={}))
 
 
 def promise_loading(d: Draft, name: str) -> None:
@@ -298,7 +312,7 @@ def promise_taken(d: Draft, name: str) -> None:
     promise = d.promises.get(name)
     if promise is None:
         return
-    if any(good_card(d, gpu) is not None for gpu in promise.mib):
+    if any(gpu in d.cards for gpu in promise.mib):
         d.put_promise(name, evolve(promise, done=d.at))
     else:
         d.give_up_promise(name)
@@ -308,5 +322,6 @@ def promise_granted(d: Draft, name: str) -> None:
     """A lazy consumer takes its memory from now on, at its own pace."""
     promise = d.promises.get(name)
     if promise is not None:
-        used = _used_mib(d, promise)
+        others = {gpu for other, p in d.promises.items() if other != name for gpu in p.mib}
+        used = {gpu: mib for gpu, mib in _used_mib(d, promise).items() if gpu not in others}
         d.put_promise(name, evolve(promise, granted=d.at, began=d.at, used_before_mib=used))

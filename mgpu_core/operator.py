@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from mgpu_core import swaps
 from mgpu_core.draft import Draft
 from mgpu_core.events import Load, Pin, Unload
-from mgpu_core.memory import at_work, is_busy, stops_with
+from mgpu_core.memory import (
+    at_work,
+    can_never_fit,
+    is_busy,
+    is_protected,
+    may_be_evicted,
+    stops_with,
+)
 from mgpu_core.ordering import is_pinned
 from mgpu_core.requests import operator_id
 from mgpu_core.state import (
@@ -23,9 +30,8 @@ def on_unload(d: Draft, event: Unload) -> None:
         if consumer.unloadable and not consumer.vram_managed and not is_pinned(d, name)
     )
     for name in names:
-        consumer = d.known(name)
-        if consumer is None or not consumer.unloadable:
-            because = "it is not known" if consumer is None else "there is no way to unload it"
+        because = _no_unload(d, name, names)
+        if because is not None:
             d.note("Ignored", consumer=name, what="Unload", because=because)
             continue
         for request in d.waiting_for(name):
@@ -36,6 +42,17 @@ def on_unload(d: Draft, event: Unload) -> None:
             d.update(name, leaving=True)
             d.note("Leaving", consumer=name)
     d.again = True
+
+
+def _no_unload(d: Draft, name: str, named: Sequence[str]) -> str | None:
+    consumer = d.known(name)
+    if consumer is None:
+        return "it is not known"
+    if not consumer.unloadable:
+        return "there is no way to unload it"
+    if any(is_protected(d, one) for one in stops_with(d, name) if one not in named):
+        return "its server holds one that is pinned"
+    return None
 
 
 def _force_out(d: Draft, name: str) -> None:
@@ -60,7 +77,8 @@ def leave(d: Draft) -> None:
         state = d.consumers[name]  # a moment ago it may have gone with its server
         if not state.leaving or state.operation is not None or name in d.swaps:
             continue
-        if state.residency is Residency.ABSENT:
+        pinned_since = any(is_pinned(d, one) for one in stops_with(d, name))
+        if state.residency is Residency.ABSENT or pinned_since:
             d.update(name, leaving=False)
             d.again = True
         elif name not in d.serving and not is_busy(d, name) and not _siblings_at_work(d, name):
@@ -79,7 +97,8 @@ def unload_idle(d: Draft) -> None:
             continue
         if any(at_work(d, one) for one in (name, *stops_with(d, name))):
             continue
-        d.start_unload(name, d.next_epoch(), because="it was idle")
+        if may_be_evicted(d, name):
+            d.start_unload(name, d.next_epoch(), because="it was idle")
 
 
 def idle_due(d: Draft, name: str) -> int | None:
@@ -133,6 +152,8 @@ def _no_load(d: Draft, name: str) -> str | None:
     state = d.consumers[name]
     if state.unreachable and not consumer.startable:
         return "it does not answer"
+    if never := can_never_fit(d, name):
+        return never
     if operator_id(name) in d.requests or state.residency is Residency.LOADING:
         return "it is being loaded already"
     if state.residency is Residency.RESIDENT and not state.leaving:

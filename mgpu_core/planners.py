@@ -36,6 +36,8 @@ class Holder:
     busy: bool
     owed: bool
     pinned: bool
+    # Who goes with it: the others of its server, where only a stop of that helps.
+    stops_with: tuple[str, ...]
     # It may be named at all: there is a way to unload it, and nothing forbids that now.
     evictable: bool
     # It could be unloaded at once: it does not serve, load or unload, is not busy and not owed.
@@ -68,6 +70,7 @@ class View:
             if name != target
             and holder.evictable
             and name not in self.protected
+            and not any(one in self.protected for one in holder.stops_with)
             and any(holder.gain_mib.get(gpu, 0) > 0 for gpu in self.need_mib)
         )
 
@@ -123,7 +126,13 @@ def _smallest(pool: Sequence[Holder], view: View) -> list[Holder] | None:
     """Take from the front until it fits, and leave out whom that does not need."""
     chosen = _without_needless(_until_it_fits(pool, view), view)
     if chosen is not None and len(chosen) > view.max_evictions:
-        large_first = sorted(pool, key=lambda holder: -sum(holder.gain_mib.values()))
+        missing = view.missing_mib()
+        large_first = sorted(
+            pool,
+            key=lambda holder: (
+                -sum(min(holder.gain_mib.get(gpu, 0), mib) for gpu, mib in missing.items())
+            ),
+        )
         chosen = _without_needless(_until_it_fits(large_first, view), view)
     if chosen is None or len(chosen) > view.max_evictions:
         return None

@@ -1,7 +1,7 @@
 """Events of a request: it comes, its client goes, its work ends."""
 
 from mgpu_core.draft import Draft
-from mgpu_core.effects import Reject
+from mgpu_core.effects import Probe, Reject
 from mgpu_core.events import Cancel, Request, ServeDone
 from mgpu_core.memory import can_never_fit, promise_taken
 from mgpu_core.state import Phase, RequestState, Residency, Source, State
@@ -119,6 +119,7 @@ def on_serve_done(d: Draft, event: ServeDone) -> None:
         promise_taken(d, name)
         if event.outcome != "ok" and state.residency is Residency.RESIDENT:
             d.move(name, Cause.COLD_START_FAILED, Source.ASSUMED, uncertain="load")
+            d.do(Probe(consumer=name))
     d.update(name, **changes)
     lost = d.consumers[name].uncertain == "load" and d.consumer(name).lazy
     if lost and event.outcome == "ok":

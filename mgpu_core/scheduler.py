@@ -126,7 +126,7 @@ def _deadlines(d: Draft) -> list[int]:
             times.append(idle)
         if waiting and state.unload_cooldown is not None:
             times.append(state.unload_cooldown.until)
-        if (waiting or state.leaving) and state.busy_seen is not None:
+        if state.busy_seen is not None:
             times.append(state.busy_seen + 2 * d.config.probe_interval_us + 1)
     for swap in d.swaps.values():
         if swap.phase is SwapPhase.SETTLING:

@@ -4,7 +4,6 @@ from attrs import evolve
 
 from mgpu_core.config import SECOND_US
 from mgpu_core.draft import Draft
-from mgpu_core.effects import SampleGpu
 from mgpu_core.leaks import mark_leaky, trust_again
 from mgpu_core.memory import (
     alike,
@@ -73,7 +72,8 @@ def in_the_way(d: Draft, target: str, victims: tuple[str, ...]) -> Reason | None
 
 
 def _not_yet(d: Draft, victims: tuple[str, ...]) -> Reason | None:
-    going = [one for name in victims for one in (name, *stops_with(d, name)) if one in d.consumers]
+    known = [name for name in victims if name in d.consumers]
+    going = [one for name in known for one in (name, *stops_with(d, name))]
     holding = [name for name in going if d.consumers[name].residency is not Residency.ABSENT]
     if forbidden := [name for name in holding if _forbidden(d, name)]:
         return Reason(why=Why.UNFIT, who=tuple(forbidden))
@@ -115,11 +115,12 @@ def _evict(d: Draft, swap: Swap, victims: tuple[str, ...]) -> None:
     """Send out those of the victims that hold memory, and remember what that should give."""
     expected, before = dict(swap.expected_mib), dict(swap.free_before_mib)
     evicted = list(swap.evicted)
-    for name in victims:
-        if name not in d.consumers or d.consumers[name].residency is Residency.ABSENT:
+    known = [name for name in victims if name in d.consumers]
+    # Those first who take others of their server with them.
+    for name in sorted(known, key=lambda name: not stops_with(d, name)):
+        state = d.consumers[name]
+        if state.residency is Residency.ABSENT or state.operation is not None:
             continue
-        if d.consumers[name].operation is not None:
-            continue  # it goes already, with its server
         cards = {gpu: card for gpu in d.consumer(name).vram_mib if (card := good_card(d, gpu))}
         expected[name] = sum(gain_mib(d, name, gpu, by_driver=True) for gpu in cards)
         before = {gpu: card.free_mib for gpu, card in cards.items()} | before
@@ -186,7 +187,7 @@ def _settle(d: Draft, swap: Swap) -> bool:
     nothing_to_see = not cards or (swap.failed and len(swap.evicted) == 1)
     if d.at < swap.settle_until and not nothing_to_see:
         if swap.sample_at is None or d.at >= swap.sample_at:
-            d.do(SampleGpu())
+            d.sample()
             d.put_swap(evolve(swap, sample_at=d.at + SETTLE_POLL_US))
         return False
     if swap.failed:
@@ -275,9 +276,12 @@ def abandon(d: Draft, swap: Swap) -> None:
     d.note("SwapEnded", consumer=swap.target, epoch=swap.epoch, because="unloaded by force")
     assert not d.joined(swap.target)
     forget(d, swap)
-    d.give_up_promise(swap.target)
+    if d.consumers[swap.target].residency is not Residency.LOADING:
+        d.give_up_promise(swap.target)  # else its unload, which follows, ends it
 
 
 def forget(d: Draft, swap: Swap) -> None:
     d.drop_swap(swap)
-    d.update(swap.target, touched=d.at)
+    for name in (swap.target, *swap.victims):
+        if name in d.consumers:
+            d.update(name, touched=d.at)

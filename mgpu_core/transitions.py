@@ -42,7 +42,6 @@ RESIDENCY: Mapping[tuple[Residency, Cause], Residency] = {
     (_ABSENT, Cause.SEEN_ABSENT): _ABSENT,
     (_ABSENT, Cause.REFUSED): _ABSENT,
     (_ABSENT, Cause.LEAKED): _UNKNOWN,
-    (_ABSENT, Cause.UNLOAD_STARTED): _UNLOADING,  # its server stops with a sibling
     (_LOADING, Cause.LOADED): _RESIDENT,
     (_LOADING, Cause.LOAD_FAILED): _UNKNOWN,
     (_LOADING, Cause.UNLOAD_STARTED): _UNLOADING,  # by force

@@ -11,6 +11,8 @@ from mgpu_core.memory import (
     cushion_mib,
     free_mib,
     gain_mib,
+    good_card,
+    held_mib,
     may_be_evicted,
     need_mib,
     promise_granted,
@@ -32,6 +34,10 @@ class Fence:
     consumer: str
     needs_slot: bool
     needs_memory: bool
+
+    @property
+    def reason(self) -> Reason:
+        return Reason(why=Why.PROMOTED_AHEAD, who=(self.request,))
 
 
 def walk(d: Draft) -> None:
@@ -81,10 +87,12 @@ def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | No
         d.join(request.request)
         d.why(request.request, Reason(why=Why.SWAP, who=d.swaps[name].victims))
         return None
-    if state.operation is not None:
+    if state.operation is not None or _server_stops(d, name):
         return Reason(why=Why.UNLOADING)
     # 3. It is in, or may be started, and nothing has to go for it: serve.
     victims = () if state.cleared else swaps.plan(d, name)
+    if victims and may_serve(d, name) and all(_is_out(d, victim) for victim in victims):
+        victims = ()
     if victims == () and may_serve(d, name):
         if request.operator is not None:
             d.drop(request.request)
@@ -93,7 +101,21 @@ def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | No
         if reason is None:
             grant(d, request.request)
         return reason
+    if not request.owed:
+        ahead = ahead or next((f.reason for f in fences if f.consumer in (victims or ())), None)
     return _bring_in(d, request, victims, ahead)
+
+
+def _server_stops(d: Draft, name: str) -> bool:
+    """The process that it would be loaded into is on its way out with a sibling."""
+    operations = (d.consumers[one].operation for one in d.siblings(name))
+    return any(one and one.kind == "unload" and one.how == "driver" for one in operations)
+
+
+def _is_out(d: Draft, name: str) -> bool:
+    """A victim that has gone already, and is not on its way in."""
+    state = d.consumers.get(name)
+    return state is None or (state.residency is Residency.ABSENT and name not in d.swaps)
 
 
 def _bring_in(
@@ -217,7 +239,8 @@ def _no_set(d: Draft, name: str) -> Reason:
         wanted = need + cushion_mib(d, gpu)
         beyond_cooldowns = beyond_cooldowns or free + now < wanted
         beyond_all = beyond_all or free + later < wanted
-        numbers |= {"gpu": gpu, "need_mib": need, "cushion_mib": wanted - need, "free_mib": free}
+        if not numbers or free + now < wanted:
+            numbers = {"gpu": gpu, "need_mib": need, "cushion_mib": wanted - need, "free_mib": free}
     under_way = _under_way(d, name)
     if beyond_all or not (beyond_cooldowns or under_way):
         return Reason(why=Why.UNFIT, who=_holders(d, name), numbers=numbers)
@@ -229,8 +252,8 @@ def _no_set(d: Draft, name: str) -> Reason:
 
 def _attainable_mib(d: Draft, target: str, gpu: int) -> tuple[int, int]:
     """What could come free on a card at best: without who cools down, and with."""
-    now = later = 0
     beside = d.consumer(target).can_coexist_with
+    now = later = sum(held_mib(d.consumer(n), d.consumers[n], gpu) for n in _just_gone(d, gpu))
     for name in d.present():
         if name == target:
             continue
@@ -252,15 +275,38 @@ def _attainable_mib(d: Draft, target: str, gpu: int) -> tuple[int, int]:
 def _under_way(d: Draft, target: str) -> tuple[str, ...]:
     """Give who loads, unloads or has memory promised on the target's cards."""
     cards = d.consumer(target).vram_mib.keys()
-    return tuple(
-        sorted(
-            name
-            for name in d.present()
-            if name != target
-            and (name in d.promises or name in d.swaps or d.consumers[name].operation is not None)
-            and not cards.isdisjoint(d.consumer(name).vram_mib.keys())
-        )
+    moving = {
+        name
+        for name in d.present()
+        if name != target
+        and (_is_promised(d, name) or name in d.swaps or d.consumers[name].operation is not None)
+        and not cards.isdisjoint(d.consumer(name).vram_mib.keys())
+    }
+    return tuple(sorted(moving.union(*(_just_gone(d, gpu) for gpu in cards))))
+
+
+def _is_promised(d: Draft, name: str) -> bool:
+    """Its promise still counts: without a good sample it ended with its load."""
+    promise = d.promises.get(name)
+    return promise is not None and (
+        promise.done is None or any(good_card(d, gpu) for gpu in promise.mib)
     )
+
+
+def _just_gone(d: Draft, gpu: int) -> list[str]:
+    """Give those whose unload ended so lately that the card may show their memory still."""
+    card = good_card(d, gpu)
+    if card is None:
+        return []
+    settled = min(card.taken, d.at - d.config.settle_timeout_us)
+    return [
+        name
+        for name, state in d.consumers.items()
+        if state.residency is Residency.ABSENT
+        and state.source is Source.COMMAND
+        and state.moved > settled
+        and gpu in d.consumer(name).vram_mib
+    ]
 
 
 def _holders(d: Draft, target: str) -> tuple[str, ...]:
@@ -301,9 +347,8 @@ def _fence(d: Draft, request: RequestState) -> Fence:
     return Fence(
         request=request.request,
         consumer=consumer.name,
-        needs_slot=consumer.gpu_slot
-        and consumer.name not in d.serving
-        and (limited or not d.config.overlap_loads),
+        needs_slot=(consumer.gpu_slot and consumer.name not in d.serving and limited)
+        or (not d.config.overlap_loads and (needs_memory or consumer.gpu_slot)),
         needs_memory=needs_memory,
     )
 
@@ -311,7 +356,7 @@ def _fence(d: Draft, request: RequestState) -> Fence:
 def _held_back(d: Draft, consumer: Consumer, fences: list[Fence]) -> Reason | None:
     for fence in fences:
         if _takes_from(d, consumer, fence):
-            return Reason(why=Why.PROMOTED_AHEAD, who=(fence.request,))
+            return fence.reason
     return None
 
 
@@ -368,7 +413,7 @@ def expire(d: Draft) -> None:
 def give_up_unclaimed(d: Draft) -> None:
     """Nobody is left to cold-start a consumer for whom memory is set aside."""
     for name in [name for name, state in d.consumers.items() if state.cleared]:
-        if name not in d.waiting:
+        if name not in d.owed:
             d.update(name, cleared=False)
             d.give_up_promise(name)
             d.note("ColdStartGivenUp", consumer=name)

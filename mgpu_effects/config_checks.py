@@ -9,7 +9,14 @@ from typing import TypeAlias
 from attrs import frozen
 
 from mgpu_effects.reading import Path, Reader
-from mgpu_effects.settings import ConsumerSettings, GpuSettings, Settings
+from mgpu_effects.settings import (
+    KILLED_S,
+    ConsumerSettings,
+    GpuSettings,
+    SchedulerSettings,
+    Settings,
+    gpu_numbers,
+)
 from mgpu_effects.values import HOST, PORT
 
 URL_ADDRESS = re.compile(rf"(https?)://({HOST})(?::({PORT}))?")
@@ -18,11 +25,15 @@ SCHEME_PORTS = {"http": 80, "https": 443}
 
 @frozen
 class Finding:
-    """Something wrong at `path`, concluded from what stands there and at the paths `given`."""
+    """Something wrong at `path`, concluded from what stands there and at the paths `given`.
+
+    With `unless_default` it is wrong only where the file has something at `path`.
+    """
 
     path: Path
     message: str
     given: tuple[Path, ...] = ()
+    unless_default: bool = False
 
 
 Findings: TypeAlias = Iterator[Finding]
@@ -34,19 +45,28 @@ def check(settings: Settings, reader: Reader) -> None:
     Nothing is concluded from what could not be read: what it was meant to be is not known.
     """
     findings = [
-        (_as_written(finding.path, reader), finding)
-        for one in CHECKS
-        for finding in one(settings)
-        if all(reader.sound(path) for path in (finding.path, *finding.given))
+        (_as_written(finding.path, reader), finding) for one in CHECKS for finding in one(settings)
     ]
-    for path, finding in findings:
-        reader.note(path, finding.message)
+    sound = [
+        (path, finding)
+        for path, finding in findings
+        if all(reader.sound(each) for each in (path, *finding.given))
+        and (reader.given(path) or not finding.unless_default)
+    ]
+    for path, finding in sound:
+        reader.note(_nearest(path, reader), finding.message)
 
 
 def _as_written(path: Path, reader: Reader) -> Path:
-    """Give the path of the shorter form, or of the nearest thing that the file has."""
+    """Give the path of the shorter form where the file has that."""
     if path[:2] == ("gpus", 0) and reader.given(("gpu",)):
-        path = ("gpu", *path[2:])
+        return ("gpu", *path[2:])
+    without_list = tuple(part for part in path if part != 0)
+    return without_list if reader.given(without_list) and not reader.given(path) else path
+
+
+def _nearest(path: Path, reader: Reader) -> Path:
+    """Give the nearest thing that the file has."""
     while not reader.given(path):
         path = path[:-1]
     return path
@@ -90,7 +110,7 @@ def _check_routing(settings: Settings) -> Findings:
 
 def _check_gpus(settings: Settings) -> Findings:
     gpus = settings.gpus
-    numbers = [place if gpu.index is None else gpu.index for place, gpu in enumerate(gpus)]
+    numbers = gpu_numbers(gpus)
     yield from _check_twice([gpu.uuid for gpu in gpus], ("gpus",), "uuid")
     for place, gpu in enumerate(gpus):
         path = ("gpus", place)
@@ -138,6 +158,8 @@ def _check_consumers(settings: Settings) -> Findings:
         yield from _check_neighbours(settings, consumer, (*here, "can_coexist_with"))
         yield from _check_url(settings, consumer, (*here, "url"))
         yield from _check_memory(settings, consumer, here)
+        yield from _check_limits(settings.scheduler, consumer, here)
+        yield from _check_effect(consumer, here)
 
 
 def _check_neighbours(settings: Settings, consumer: ConsumerSettings, path: Path) -> Findings:
@@ -182,6 +204,46 @@ def _check_memory(settings: Settings, consumer: ConsumerSettings, here: Path) ->
     if any(0 < mib < consumer.vram_residue_mib for mib in by_gpu.values()):
         text = "more would stay after an unload than it takes while resident"
         yield Finding((*here, "vram_residue_mib"), text)
+
+
+def _check_limits(scheduler: SchedulerSettings, consumer: ConsumerSettings, here: Path) -> Findings:
+    """A limit inside a load or unload must not be longer than that may take as a whole."""
+    process = consumer.driver.process if consumer.driver else None
+    load = [((*here, "load", at, "timeout_s"), s.timeout_s) for at, s in enumerate(consumer.load)]
+    unload = [
+        ((*here, "unload", at, "timeout_s"), s.timeout_s) for at, s in enumerate(consumer.unload)
+    ]
+    if process:
+        load.append(((*here, "driver", "process", "ready_s"), process.ready_s))
+    for parts, key in ((load, "load_timeout_s"), (unload, "unload_timeout_s")):
+        limit_s = getattr(scheduler, key)
+        for path, part_s in parts:
+            if part_s > limit_s:
+                text = f"{part_s:g} s, but scheduler.{key} ends it after {limit_s:g} s"
+                yield Finding(path, text, (("scheduler", key),), unless_default=True)
+    if process and process.grace_s + KILLED_S > scheduler.unload_timeout_s:
+        text = f"{process.grace_s:g} s and {KILLED_S:g} s for SIGKILL are more than "
+        text += f"scheduler.unload_timeout_s, {scheduler.unload_timeout_s:g} s"
+        path = (*here, "driver", "process", "grace_s")
+        yield Finding(path, text, (("scheduler", "unload_timeout_s"),))
+
+
+def _check_effect(consumer: ConsumerSettings, here: Path) -> Findings:
+    """What is asked for must be possible."""
+    driver = consumer.driver or consumer.systemd_unit
+    ways = (*here, "driver"), (*here, "systemd_unit")
+    if consumer.preload and not (consumer.load or driver):
+        text = "nothing can load it: there is no load and no driver"
+        yield Finding((*here, "preload"), text, ((*here, "load"), *ways))
+    if consumer.idle_unload_s is None:
+        return
+    path = (*here, "idle_unload_s")
+    for key in ("pinned", "vram_managed"):
+        if getattr(consumer, key):
+            yield Finding(path, f"with {key} it is never unloaded", ((*here, key),))
+    if not (consumer.unload or driver):
+        text = "nothing can unload it: there is no unload and no driver"
+        yield Finding(path, text, ((*here, "unload"), *ways))
 
 
 def _check_units(settings: Settings) -> Findings:

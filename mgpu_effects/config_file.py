@@ -13,7 +13,7 @@ from mgpu_effects.settings import (
     ConsumerSettings,
     DriverSettings,
     Settings,
-    SystemdDriver,
+    SystemdSettings,
 )
 
 __all__ = ["ConfigError", "ConfigErrors", "load_settings"]
@@ -48,5 +48,5 @@ def _with_driver(consumer: ConsumerSettings) -> ConsumerSettings:
     """Spell out what `systemd_unit` is short for."""
     if consumer.systemd_unit is None or consumer.driver is not None:
         return consumer
-    driver = DriverSettings(systemd=SystemdDriver(unit=consumer.systemd_unit))
+    driver = DriverSettings(systemd=SystemdSettings(unit=consumer.systemd_unit))
     return evolve(consumer, driver=driver)

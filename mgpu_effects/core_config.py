@@ -20,8 +20,7 @@ def core_config(settings: Settings) -> Config:
         unload_timeout_us=_us(scheduler.unload_timeout_s),
         settle_timeout_us=_us(scheduler.settle_timeout_s),
         restore_after_us=_us_or_none(scheduler.restore_after_s),
-        # One reading serves all cards, so the most impatient one sets the pace.
-        poll_interval_us=min(_us(gpu.poll_interval_s) for gpu in settings.gpus),
+        poll_interval_us=_us(settings.poll_interval_s),
         probe_interval_us=_us(probe.interval_s),
         probe_failures=probe.failures,
     )
@@ -63,10 +62,9 @@ def _consumer(consumer: ConsumerSettings) -> Consumer:
 
 
 def _driver(consumer: ConsumerSettings) -> Driver:
-    driver = consumer.driver
-    if driver is None:
-        return "none" if consumer.systemd_unit is None else "systemd"
-    return "process" if driver.process else "systemd"
+    if consumer.driver is None:
+        return "none"
+    return "process" if consumer.driver.process else "systemd"
 
 
 def _us(seconds: float) -> int:

@@ -22,7 +22,7 @@ from attrs import frozen
 
 from mgpu_core.events import GpuReading
 from mgpu_effects.commands import run_command
-from mgpu_effects.settings import GpuSettings, SamplerName
+from mgpu_effects.settings import GpuSettings, SamplerName, gpu_numbers
 
 SIMULATED_GPU = "MGPU_SIMULATED_GPU"
 _NVML_TIMEOUT_S = 2.0
@@ -51,7 +51,7 @@ class Sampler(Protocol):
 
 
 @frozen
-class Card:
+class CardId:
     """A configured card: found by uuid where one is given, and `index` is its name in the core."""
 
     index: int
@@ -60,17 +60,15 @@ class Card:
 
 def make_sampler(gpus: Sequence[GpuSettings]) -> Sampler:
     """Make the sampler that the first card names; one sampler reads all cards."""
-    cards = tuple(
-        Card(place if gpu.index is None else gpu.index, gpu.uuid) for place, gpu in enumerate(gpus)
-    )
-    name: SamplerName = gpus[0].sampler if gpus else "none"
-    return _SAMPLERS[name](cards)
+    uuids = (gpu.uuid for gpu in gpus)
+    cards = tuple(map(CardId, gpu_numbers(gpus), uuids))
+    return _SAMPLERS[gpus[0].sampler](cards)
 
 
 class NvmlSampler:
     """The driver's own library. It blocks, so each reading has a thread and a time limit."""
 
-    def __init__(self, cards: Sequence[Card], timeout_s: float = _NVML_TIMEOUT_S) -> None:
+    def __init__(self, cards: Sequence[CardId], timeout_s: float = _NVML_TIMEOUT_S) -> None:
         self._cards = cards
         self._timeout_s = timeout_s
         self._initialised = False
@@ -111,7 +109,7 @@ class NvmlSampler:
             self._shut_down()
             raise SampleError("nvml_failed") from error
 
-    def _read_card(self, card: Card) -> GpuReading:
+    def _read_card(self, card: CardId) -> GpuReading:
         if card.uuid is None:
             handle = pynvml.nvmlDeviceGetHandleByIndex(card.index)
         else:
@@ -156,7 +154,7 @@ def _in_thread(
 class NvidiaSmiSampler:
     """The driver's command, for hosts where its library can't be loaded."""
 
-    def __init__(self, cards: Sequence[Card], timeout_s: float = _NVIDIA_SMI_TIMEOUT_S) -> None:
+    def __init__(self, cards: Sequence[CardId], timeout_s: float = _NVIDIA_SMI_TIMEOUT_S) -> None:
         self._cards = cards
         self._timeout_s = timeout_s
 
@@ -191,7 +189,7 @@ def _row(fields: Sequence[str]) -> tuple[str, GpuReading]:
 
 
 def _picked(
-    cards: Sequence[Card], rows: Iterable[tuple[str, GpuReading]]
+    cards: Sequence[CardId], rows: Iterable[tuple[str, GpuReading]]
 ) -> tuple[GpuReading, ...]:
     by_key: dict[int | str, GpuReading] = {}
     for uuid, reading in rows:
@@ -216,7 +214,7 @@ class AutoSampler:
     keeps failing until the broker is restarted, and the command does not.
     """
 
-    def __init__(self, cards: Sequence[Card]) -> None:
+    def __init__(self, cards: Sequence[CardId]) -> None:
         self._nvml = NvmlSampler(cards)
         self._nvidia_smi = NvidiaSmiSampler(cards)
 
@@ -237,7 +235,7 @@ class AutoSampler:
 
 
 class NoSampler:
-    def __init__(self, _cards: Sequence[Card]) -> None:
+    def __init__(self, _cards: Sequence[CardId]) -> None:
         pass
 
     async def read(self) -> tuple[GpuReading, ...]:
@@ -253,7 +251,7 @@ class SimulatedSampler:
     `{"gpus": [{"index", "total_mib", "used_mib", "free_mib"}]}`, or `{"error": CODE}`.
     """
 
-    def __init__(self, cards: Sequence[Card]) -> None:
+    def __init__(self, cards: Sequence[CardId]) -> None:
         self._cards = cards
 
     async def read(self) -> tuple[GpuReading, ...]:
@@ -264,13 +262,13 @@ class SimulatedSampler:
             rows = [("", GpuReading(**gpu)) for gpu in said["gpus"]]
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise SampleError("simulated_failed") from error
-        return _picked([Card(card.index) for card in self._cards], rows)
+        return _picked([CardId(card.index) for card in self._cards], rows)
 
     async def close(self) -> None:
         """Nothing to let go of."""
 
 
-_SAMPLERS: Mapping[SamplerName, Callable[[Sequence[Card]], Sampler]] = {
+_SAMPLERS: Mapping[SamplerName, Callable[[Sequence[CardId]], Sampler]] = {
     "auto": AutoSampler,
     "nvml": NvmlSampler,
     "nvidia-smi": NvidiaSmiSampler,

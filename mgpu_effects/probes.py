@@ -54,10 +54,12 @@ async def _resident(
     """Tell residency by the process, where the process is all that a consumer is.
 
     With routes of its own it may run and hold nothing. A process that runs and does not answer
-    may be starting or stuck: that is not known.
+    may be starting or stuck: that is not known. Who answers in place of a process of ours that
+    does not run is a stranger, and to believe it resident would be to serve it.
     """
     if driver is None or consumer.load or consumer.unload:
         return None
-    if healthy:
-        return True
-    return False if await driver.running() is False else None
+    ours = consumer.driver is not None and consumer.driver.process is not None
+    if (ours or not healthy) and await driver.running() is False:
+        return False
+    return True if healthy else None

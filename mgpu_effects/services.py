@@ -35,9 +35,6 @@ class Services:
     def __getitem__(self, name: str) -> ConsumerSettings:
         return self._consumers[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._consumers
-
     def configure(self, settings: Settings, config: Config) -> None:
         """Take over checked settings and the core's configuration that was made from them."""
         self._limits = settings.scheduler
@@ -108,6 +105,4 @@ class Services:
     def _make_driver(self, name: str) -> None:
         consumer = self._consumers[name]
         self._made_from[name] = consumer
-        self._drivers[name] = make_driver(
-            consumer, self._session, lambda _code: self._on_exit(name)
-        )
+        self._drivers[name] = make_driver(consumer, self._session, lambda: self._on_exit(name))

@@ -4,7 +4,7 @@ Field names are the keys of the file. The reader, the JSON Schema for editors an
 of the file are made from what is written here; `shapes` explains the vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, get_args
 
 from attrs import field, frozen
@@ -50,6 +50,7 @@ Kind = Literal["tts", "stt", "llm", "image"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KindName = Annotated[str, OneOf(KINDS)]
 SamplerName = Literal["auto", "nvml", "nvidia-smi", "none", "simulated"]
+KILLED_S = 5.0  # after the grace: how long a killed process may take to give back its memory
 
 
 @frozen(kw_only=True)
@@ -86,7 +87,7 @@ class Step:
 
 
 @frozen(kw_only=True)
-class ProcessDriver:
+class ProcessSettings:
     """The broker runs the service itself, in a process group of its own."""
 
     command: Annotated[tuple[Argument, ...], ShellWords(), NotEmpty()] = field(
@@ -106,7 +107,7 @@ class ProcessDriver:
 
 
 @frozen(kw_only=True)
-class SystemdDriver:
+class SystemdSettings:
     """A unit that is started and stopped through systemctl."""
 
     unit: Text = field(metadata=doc("name of the unit"))
@@ -119,10 +120,12 @@ class SystemdDriver:
 class DriverSettings:
     """Who can start and stop the process behind the consumer: exactly one of these."""
 
-    process: ProcessDriver | None = field(
+    process: ProcessSettings | None = field(
         default=None, metadata=doc("the broker runs the service itself")
     )
-    systemd: SystemdDriver | None = field(default=None, metadata=doc("systemd runs it, as a unit"))
+    systemd: SystemdSettings | None = field(
+        default=None, metadata=doc("systemd runs it, as a unit")
+    )
 
 
 @frozen(kw_only=True)
@@ -182,17 +185,23 @@ class ConsumerSettings:
         default=False, metadata=doc("it evicts by itself: never tracked, sized or evicted")
     )
     unload: Annotated[tuple[Step, ...], OneOrMany()] = field(
-        default=(), metadata=doc("how to clear it out of VRAM: one call, or several in order")
+        default=(), metadata=doc("how to clear it out of VRAM; without: its driver stops it")
     )
     load: Annotated[tuple[Step, ...], OneOrMany()] = field(
-        default=(), metadata=doc("how to bring it back; without: its next request does")
+        default=(),
+        metadata=doc(
+            "how to bring it back; without: its driver starts it, else its next request does"
+        ),
     )
     systemd_unit: Text | None = field(
         default=None, metadata=doc("the same as `driver: {systemd: {unit: ...}}`")
     )
     driver: Annotated[DriverSettings, ExactlyOneKey()] | None = field(
         default=None,
-        metadata=doc("who starts and stops it, where it has no such routes or they fail"),
+        metadata=doc(
+            "who starts and stops it, where it has no such routes or what they gave back was too"
+            " little"
+        ),
     )
     can_coexist_with: tuple[Name, ...] = field(
         default=(), metadata=doc("the consumers that may stay resident beside it")
@@ -216,7 +225,6 @@ class ConsumerSettings:
             " read to its end and thrown away before the next request"
         ),
     )
-    passive: tuple[UrlPath, ...] = field(default=(), metadata=doc("paths that need no GPU"))
     timeout_s: Timeouts = field(factory=Timeouts, metadata=doc("limits on one request"))
 
     @property
@@ -243,7 +251,10 @@ class GpuSettings:
         default=None, metadata=doc("its memory; null: as the driver says")
     )
     reserved_mib: Mib = field(
-        default=0, metadata=doc("left to others when there is no reading to go by")
+        default=0,
+        metadata=doc(
+            "left to others: never counted on, and in use where there is no reading to go by"
+        ),
     )
     cushion_mib: Mib = field(default=256, metadata=doc("kept free beside every need"))
     max_parallel: AtLeastOne | None = field(
@@ -253,6 +264,11 @@ class GpuSettings:
     sampler: SamplerName = field(
         default="auto", metadata=doc("who reads it; auto: nvml, else nvidia-smi, else none")
     )
+
+
+def gpu_numbers(gpus: Sequence[GpuSettings]) -> tuple[int, ...]:
+    """Number the cards: by `index`, else by the place in the list."""
+    return tuple(place if gpu.index is None else gpu.index for place, gpu in enumerate(gpus))
 
 
 @frozen(kw_only=True)
@@ -303,7 +319,11 @@ class AuthKey:
     hash: Sha256 = field(metadata=doc("what `mgpu key add` printed"))
     admin: bool = field(default=False, metadata=doc("may steer, not only ask and see"))
     priority: Priority | None = field(
-        default=None, metadata=doc("the most that its requests may ask for; null: no limit")
+        default=None,
+        metadata=doc(
+            "the most that its requests may ask for, even above their consumer's; null: the"
+            " consumer's own"
+        ),
     )
 
 
@@ -325,7 +345,8 @@ class EventLogSettings:
         default=None, metadata=doc("null: $STATE_DIRECTORY, else the user's state home")
     )
     fsync: Seconds | Literal["each", "never"] = field(
-        default=1, metadata=doc("seconds between two, or a policy")
+        default=1,
+        metadata=doc("seconds between two; each: as soon as it can, and nothing waits for it"),
     )
     rotate_mib: AtLeastOne = field(default=64, metadata=doc("size of one file"))
     keep_mib: AtLeastOne = field(default=1024, metadata=doc("size of all files"))
@@ -371,10 +392,13 @@ class Settings:
 
     @property
     def gpu_by_index(self) -> Mapping[int, GpuSettings]:
-        """The cards by their numbers: `index`, else the place in the list."""
-        return {
-            place if gpu.index is None else gpu.index: gpu for place, gpu in enumerate(self.gpus)
-        }
+        """The cards by their numbers."""
+        return dict(zip(gpu_numbers(self.gpus), self.gpus, strict=True))
+
+    @property
+    def poll_interval_s(self) -> float:
+        """Give the pace of the readings: one serves all cards, as often as any of them wants."""
+        return min(gpu.poll_interval_s for gpu in self.gpus)
 
 
 # Keys of the contract that come with a later version: no typing errors, but not to be ignored.
@@ -384,6 +408,7 @@ LATER_KEYS: Mapping[type, tuple[str, ...]] = {
         "front",
         "job",
         "models",
+        "passive",
         "preset",
         "residency",
         "wait_comments_s",

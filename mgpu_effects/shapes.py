@@ -212,9 +212,9 @@ class Key:
     singular: bool = False  # it gives the only element of the field's list
 
 
-def doc(text: str, **more: object) -> dict[str, object]:
+def doc(text: str) -> dict[str, object]:
     """Make the metadata of a field: what its key means."""
-    return {"doc": text, **more}
+    return {"doc": text}
 
 
 # The field takes the name under which its object stands in the mapping around it.

@@ -62,10 +62,9 @@ class Watch:
         old, self._settings = self._settings, settings
         if self._sampler is None or old.gpus != settings.gpus:
             await self._replace_sampler(make_sampler(settings.gpus))
-        interval_s = min((gpu.poll_interval_s for gpu in settings.gpus), default=2)
         if self._sampling is None:
-            self._sampling = Repeater(self._sample, interval_s)
-        self._sampling.interval_s = interval_s
+            self._sampling = Repeater(self._sample, settings.poll_interval_s)
+        self._sampling.interval_s = settings.poll_interval_s
         for repeater in self._probing.values():
             repeater.interval_s = settings.probe.interval_s
 

@@ -18,11 +18,11 @@ _READY_TIMEOUT_S = 1.0
 def make_driver(
     consumer: ConsumerSettings,
     session: aiohttp.ClientSession,
-    on_exit: Callable[[int], None] | None = None,
+    on_exit: Callable[[], None] | None = None,
 ) -> Driver | None:
     """Make the consumer's driver; None where the broker can't start it.
 
-    `on_exit` gets the return code of a process that ended without having been told to.
+    `on_exit` is called when a process ended without having been told to.
     """
 
     async def answers() -> bool:

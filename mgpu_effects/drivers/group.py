@@ -19,7 +19,7 @@ MARK = "MGPU_SERVICE"
 _ENDED_STATES = ("Z", "X")  # in /proc/PID/stat: a zombie holds neither memory nor a port
 
 
-class Output(asyncio.Protocol):
+class OutputReader(asyncio.Protocol):
     """Reads what the group prints as it comes, so that no child ever blocks on a full pipe."""
 
     def __init__(self, logger: logging.Logger, tail: deque[str]) -> None:
@@ -52,7 +52,7 @@ class ProcessGroup:
     """
 
     def __init__(
-        self, process: subprocess.Popen[bytes], output: Output, pipe: asyncio.ReadTransport
+        self, process: subprocess.Popen[bytes], output: OutputReader, pipe: asyncio.ReadTransport
     ) -> None:
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.ending = False
@@ -121,7 +121,7 @@ async def spawn(
     read_fd, write_fd = os.pipe()
     try:
         pipe, output = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: Output(logger, tail), os.fdopen(read_fd, "rb", buffering=0)
+            lambda: OutputReader(logger, tail), os.fdopen(read_fd, "rb", buffering=0)
         )
         try:
             return ProcessGroup(_popen(command, env, cwd, write_fd), output, pipe)

@@ -8,21 +8,21 @@ from collections.abc import Callable
 
 from mgpu_effects.drivers.driver import Answers, wait_until_ready
 from mgpu_effects.drivers.group import MARK, ProcessGroup, end_leftovers, spawn
-from mgpu_effects.settings import ProcessDriver as ProcessSettings
+from mgpu_effects.settings import KILLED_S, ProcessSettings
 
-_TAIL_LINES = 200
+_TAIL_LINES = 10
 _POLL_S = 0.05
-_KILLED_S = 5.0  # how long a killed process may take to give back its memory
 _log = logging.getLogger(__name__)
 
 
 class ProcessDriver:
     """Runs a command in a process group of its own, and ends the whole group.
 
-    What it prints goes to the logger `mgpu.output.NAME`; `tail` has the last lines of it. `mark`
-    names the service on this host: what a killed broker left running under it is ended before the
-    service is started, and when it is stopped.
-    `on_exit` is called with the return code when the process ends without having been told to.
+    What it prints goes to the logger `mgpu.output.NAME`; `tail` has the last lines of it, which are
+    logged once more, as an error, when it does not start or ends by itself. `mark` names the
+    service on this host: what a killed broker left running under it is ended before the service is
+    started, and when it is stopped.
+    `on_exit` is called when the process ends without having been told to.
 
     Errors of `start`: `not_found`, `not_permitted`, `not_started`, `exited_CODE`, `killed_SIGNAL`,
     `not_ready`, and `not_ours`: somebody answers at its address whom this driver did not start.
@@ -34,7 +34,7 @@ class ProcessDriver:
         name: str,
         settings: ProcessSettings,
         answers: Answers,
-        on_exit: Callable[[int], None] | None = None,
+        on_exit: Callable[[], None] | None = None,
         *,
         mark: str,
     ) -> None:
@@ -74,16 +74,18 @@ class ProcessDriver:
         if error is not None:
             await group.drain()
             _log.error("%s did not start: %s", self._name, error)
+        if error == "not_ready":
+            self._log_last_words()
         return error
 
     async def stop(self) -> str | None:
         """The stop signal, once more at half the grace (some services wait for the second one),
-        and SIGKILL at its end: each to the whole group, until all of it is gone.
+        and SIGKILL at its end, or when cancelled: each to the whole group, until all of it is gone.
         """
         async with self._lock:
             if self._group is not None:
                 return await self._end(self._group)
-            if not await end_leftovers(self._mark, _KILLED_S):
+            if not await end_leftovers(self._mark, KILLED_S):
                 return "still_running"
             return "not_ours" if await self._answers() else None
 
@@ -97,7 +99,7 @@ class ProcessDriver:
             return self._group, None
         if self._group is not None and (error := await self._end(self._group)):
             return None, error
-        if not await end_leftovers(self._mark, _KILLED_S):
+        if not await end_leftovers(self._mark, KILLED_S):
             return None, "still_running"
         if await self._answers():
             return None, "not_ours"
@@ -122,25 +124,33 @@ class ProcessDriver:
         returncode = await group.exited
         if group.ending:
             return
-        _log.warning("%s ended by itself: %s", self._name, _code(returncode))
+        _log.error("%s ended by itself: %s", self._name, _code(returncode))
         await _kill(group)  # what it left behind would keep its memory and its port
         await group.drain()
+        self._log_last_words()
         if self._on_exit is not None:
-            self._on_exit(returncode)
+            self._on_exit()
+
+    def _log_last_words(self) -> None:
+        _log.error("%s said last:\n  %s", self._name, "\n  ".join(self.tail()) or "nothing")
 
     async def _end(self, group: ProcessGroup) -> str | None:
         group.ending = True
         half_s = self._settings.grace_s / 2
-        for signum, wait_s in (
-            (self._signum, half_s),
-            (self._signum, half_s),
-            (signal.SIGKILL, _KILLED_S),
-        ):
-            group.signal(signum)
-            if await group.gone(wait_s):
-                await group.drain()
-                self._group = None
-                return None
+        try:
+            for signum, wait_s in (
+                (self._signum, half_s),
+                (self._signum, half_s),
+                (signal.SIGKILL, KILLED_S),
+            ):
+                group.signal(signum)
+                if await group.gone(wait_s):
+                    await group.drain()
+                    self._group = None
+                    return None
+        except asyncio.CancelledError:
+            await _kill(group)  # out of time: nobody is left to do it at the end of the grace
+            raise
         _log.error("%s: process group %d survives SIGKILL", self._name, group.pid)
         return "still_running"
 
@@ -148,7 +158,7 @@ class ProcessDriver:
 async def _kill(group: ProcessGroup) -> None:
     group.ending = True
     group.signal(signal.SIGKILL)
-    await group.gone(_KILLED_S)
+    await group.gone(KILLED_S)
 
 
 async def _why_ended(group: ProcessGroup) -> str | None:

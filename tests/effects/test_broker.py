@@ -228,7 +228,7 @@ async def test_a_client_that_takes_nothing_makes_room(upstream, tmp_path):
         await over(first)
         await over(second)
 
-        assert client.calls == ["start", "fail"]
+        assert client.calls == ["start", "cut"]
         assert other.status == 200
 
 

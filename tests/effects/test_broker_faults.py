@@ -15,7 +15,7 @@ from mgpu_effects.settings import (
     ConsumerSettings,
     DriverSettings,
     ProbeSettings,
-    ProcessDriver,
+    ProcessSettings,
     Timeouts,
 )
 from tests.support import upstream as upstream_module
@@ -239,7 +239,7 @@ def own_process(name: str, port: int) -> ConsumerSettings:
         name=name,
         url=f"http://127.0.0.1:{port}",
         vram_resident_mib=MIB,
-        driver=DriverSettings(process=ProcessDriver(command=command, grace_s=2, ready_s=20)),
+        driver=DriverSettings(process=ProcessSettings(command=command, grace_s=2, ready_s=20)),
     )
 
 

@@ -13,12 +13,13 @@ from mgpu_effects.services import Services
 from mgpu_effects.settings import (
     ConsumerSettings,
     DriverSettings,
-    ProcessDriver,
+    ProcessSettings,
     SchedulerSettings,
     Settings,
     Step,
 )
-from tests.support.upstream import Upstream, start_upstream
+from tests.support.brokers import logged, over, paths, running, settings_of, submit, told
+from tests.support.upstream import Upstream, eventually, start_upstream
 
 
 @pytest.fixture
@@ -68,12 +69,28 @@ async def test_a_process_that_does_not_run_holds_nothing_to_unload(session):
         name="a",
         url="http://127.0.0.1:9",
         unload=(Step(path="/unload"),),
-        driver=DriverSettings(process=ProcessDriver(command=command)),
+        driver=DriverSettings(process=ProcessSettings(command=command)),
     )
     made = services(session, consumer)
 
     assert await made.unload("a", "routes") is None
     assert await made.load("a") == "not_found"
+
+
+async def test_a_stranger_at_the_address_of_a_process_of_ours_is_not_believed(
+    session, upstream, tmp_path
+):
+    command = ("python-that-does-not-exist",)
+    consumer = ConsumerSettings(
+        name="a", url=upstream.url, driver=DriverSettings(process=ProcessSettings(command=command))
+    )
+    async with running(settings_of(consumer), tmp_path) as broker:
+        await eventually(lambda: broker.state.consumers["a"].healthy)
+        job, client = submit(broker, "a")
+        await over(job)
+    assert told(client) == "load_failed"
+    assert {event["error"] for event in logged(tmp_path, "SwapDone")} == {"not_ours"}
+    assert "/work" not in paths(upstream)
 
 
 async def test_steps_in_order_until_one_fails(session, upstream):

@@ -86,6 +86,33 @@ CONSUMERS = [
     ("gpu: {0: 14000, 2: 23745}", "gpu", "23745 MiB can never fit: GPU 2"),
     ("systemd_unit: a, driver: {process: {command: x}}", "systemd_unit", "another way"),
     ("systemd_unit: a, driver: {systemd: {unit: b}}", "systemd_unit", "another way"),
+    ("load: {path: /l, timeout_s: 301}", "load.timeout_s", "scheduler.load_timeout_s ends it"),
+    ("load: [{path: /l}, {path: /m, timeout_s: 301}]", "load[1].timeout_s", "after 300 s"),
+    ("unload: {path: /u, timeout_s: 61}", "unload.timeout_s", "scheduler.unload_timeout_s ends it"),
+    (
+        "driver: {process: {command: x, ready_s: 301}}",
+        "driver.process.ready_s",
+        "301 s, but scheduler.load_timeout_s ends it after 300 s",
+    ),
+    (
+        "driver: {process: {command: x, grace_s: 56}}",
+        "driver.process.grace_s",
+        "56 s and 5 s for SIGKILL are more than scheduler.unload_timeout_s, 60 s",
+    ),
+    ("preload: true", "preload", "nothing can load it"),
+    ("preload: true, unload: {path: /u}", "preload", "nothing can load it"),
+    ("idle_unload_s: 9", "idle_unload_s", "nothing can unload it"),
+    ("idle_unload_s: 9, load: {path: /l}", "idle_unload_s", "nothing can unload it"),
+    (
+        "idle_unload_s: 9, unload: {path: /u}, pinned: true",
+        "idle_unload_s",
+        "with pinned it is never unloaded",
+    ),
+    (
+        "idle_unload_s: 9, unload: {path: /u}, vram_managed: true",
+        "idle_unload_s",
+        "with vram_managed it is never unloaded",
+    ),
     ("url: http://300.0.0.1/", "url", "300.0.0.1 is no IP address"),
     ("url: 'http://[::g]/'", "url", "an http or https URL"),
 ]
@@ -98,6 +125,20 @@ def test_a_contradiction_in_a_consumer_is_the_one_error(tmp_path, keys, key, wor
     found = _errors(tmp_path, text)
     assert [key for key, _ in found] == [f"consumers.voice.{key}"]
     assert words in found[0][1]
+
+
+def test_a_grace_by_default_may_be_too_long_for_an_unload(tmp_path):
+    top = "scheduler: {unload_timeout_s: 14}"
+    found = _errors(tmp_path, _text(top, "driver: {process: {command: x}}"))
+    assert [key for key, _ in found] == ["consumers.voice.driver.process"]
+    assert "10 s and 5 s for SIGKILL" in found[0][1]
+
+
+def test_nothing_is_concluded_from_a_limit_that_could_not_be_read(tmp_path):
+    top = "scheduler: {unload_timeout_s: 14}"
+    found = _errors(tmp_path, _text(top, "unload: {path: /u, timeout_s: long}"))
+    assert [key for key, _ in found] == ["consumers.voice.unload.timeout_s"]
+    assert "ends it" not in found[0][1]
 
 
 def test_a_unit_belongs_to_one_consumer(tmp_path):
@@ -120,6 +161,11 @@ def test_a_unit_belongs_to_one_consumer(tmp_path):
         ("", "vram_resident_mib: 99999"),
         ("", "vram_resident_mib: auto, vram_residue_mib: 500"),
         ("gpu: {max_parallel: null}", "gpu: 0, gpu_slot: false"),
+        ("", "preload: true, idle_unload_s: 9, systemd_unit: a"),
+        ("", "preload: true, idle_unload_s: 9, load: {path: /l}, unload: {path: /u}"),
+        ("", "driver: {process: {command: x, ready_s: 300, grace_s: 55}}"),
+        ("scheduler: {load_timeout_s: 9, unload_timeout_s: 9}", "load: {path: /l}"),
+        ("scheduler: {load_timeout_s: 9}", "driver: {process: {command: x}}"),
         ("routing: {tts: voice}\naudio_proxy: pictures", "can_coexist_with: [pictures]"),
     ],
 )

@@ -37,7 +37,7 @@ scheduler:
   unload_timeout_s: 8
   settle_timeout_s: 0
   restore_after_s: 600
-consumers: {a: {url: http://a, idle_unload_s: 0.001}}
+consumers: {a: {url: http://a, systemd_unit: a, idle_unload_s: 0.001}}
 """,
     )
     assert (config.probe_interval_us, config.probe_failures) == (250_000, 3)
@@ -90,7 +90,7 @@ def test_every_other_key_of_a_consumer_is_handed_on(tmp_path):
     consumer = _consumer(
         tmp_path,
         "vram_load_mib: 2, vram_residue_mib: 3, vram_managed: true, gpu_slot: false, priority: 4,"
-        "max_concurrency: 5, max_pending: 6, pinned: true, preload: true",
+        "max_concurrency: 5, max_pending: 6, pinned: true, preload: true, load: {path: /l}",
     )
     assert consumer == Consumer(
         name="a",
@@ -103,6 +103,7 @@ def test_every_other_key_of_a_consumer_is_handed_on(tmp_path):
         max_pending=6,
         pinned=True,
         preload=True,
+        load_route=True,
     )
 
 
@@ -131,7 +132,6 @@ consumers:
     headers: {Authorization: "${env:SECRET}"}
     unload: {path: /s3cret, body: {k: s3cret}, headers: {X: s3cret}}
     load: {path: /s3cret, body: s3cret}
-    passive: [/s3cret]
     driver: {process: {command: [s3cret], env: {A: s3cret}, cwd: /s3cret}}
 """.replace("HASH", "ab" * 32),
     )

@@ -13,10 +13,10 @@ from mgpu_effects.settings import (
     DriverSettings,
     Endpoint,
     GpuSettings,
-    ProcessDriver,
+    ProcessSettings,
     Settings,
     Step,
-    SystemdDriver,
+    SystemdSettings,
     WorkEndpoint,
 )
 
@@ -130,18 +130,18 @@ def test_a_footprint_may_be_left_to_measuring(consumer):
 def test_a_command_may_be_one_line_or_a_list(consumer):
     line = consumer("driver: {process: {command: 'serve --name \"my voice\"'}}").driver
     words = consumer("driver: {process: {command: [serve, --name, my voice]}}").driver
-    process = ProcessDriver(command=("serve", "--name", "my voice"))
+    process = ProcessSettings(command=("serve", "--name", "my voice"))
     assert line == words == DriverSettings(process=process)
 
 
 def test_systemd_unit_is_short_for_the_systemd_driver(consumer):
     short = consumer("systemd_unit: a.service")
-    assert short.driver == DriverSettings(systemd=SystemdDriver(unit="a.service"))
+    assert short.driver == DriverSettings(systemd=SystemdSettings(unit="a.service"))
 
 
 def test_systemd_unit_may_repeat_what_the_driver_says(consumer):
     both = consumer("systemd_unit: a.service, driver: {systemd: {unit: a.service, user: true}}")
-    assert both.driver == DriverSettings(systemd=SystemdDriver(unit="a.service", user=True))
+    assert both.driver == DriverSettings(systemd=SystemdSettings(unit="a.service", user=True))
 
 
 def test_text_takes_variables_of_the_environment(consumer):
@@ -237,6 +237,7 @@ WRONG_KEYS = [
     ("driver: {container: {name: x}}", "consumers.a.driver.container", "not supported by this"),
     ("preset: ollama", "consumers.a.preset", "not supported by this version"),
     ("models: [x]", "consumers.a.models", "not supported by this version"),
+    ("passive: [/ws]", "consumers.a.passive", "not supported by this version"),
     ("job: {}", "consumers.a.job", "not supported by this version"),
     ("front: 1234", "consumers.a.front", "not supported by this version"),
     ("residency: nvml", "consumers.a.residency", "not supported by this version"),

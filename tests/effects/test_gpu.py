@@ -145,7 +145,7 @@ async def test_a_card_that_nvml_does_not_know(nvml, card):
 
 
 async def test_a_hanging_nvml_is_a_timeout_and_its_late_answer_nobodys(nvml):
-    sampler = NvmlSampler((gpu.Card(0),), timeout_s=0.2)
+    sampler = NvmlSampler((gpu.CardId(0),), timeout_s=0.2)
     nvml.hold = threading.Event()
     assert await code_of(sampler) == "timeout"
     assert await code_of(sampler) == "timeout"
@@ -203,7 +203,7 @@ async def test_an_nvidia_smi_that_fails_has_a_code(nvidia_smi, lines, code):
 
 async def test_a_hanging_nvidia_smi_is_killed_with_its_children(nvidia_smi, tmp_path):
     nvidia_smi(f"sleep 300 & echo $! >{tmp_path}/child\nwait")
-    assert await code_of(NvidiaSmiSampler((gpu.Card(0),), timeout_s=1)) == "timeout"
+    assert await code_of(NvidiaSmiSampler((gpu.CardId(0),), timeout_s=1)) == "timeout"
     child = (tmp_path / "child").read_text().strip()
     async with asyncio.timeout(20):
         while alive(child):  # noqa: ASYNC110 - it is another process that changes
@@ -243,7 +243,6 @@ async def test_auto_tells_what_ails_nvml_where_there_is_nothing_else(nvml, no_nv
 
 async def test_none_never_has_a_reading():
     assert await code_of(make_sampler((GpuSettings(sampler="none"),))) == "no_gpu"
-    assert await code_of(make_sampler(())) == "no_gpu"
 
 
 async def test_simulated_reads_its_file_each_time(tmp_path, monkeypatch):

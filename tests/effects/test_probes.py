@@ -5,7 +5,14 @@ from aiohttp import web
 
 from mgpu_effects.calls import control_session
 from mgpu_effects.probes import ProbeFacts, probe
-from mgpu_effects.settings import ConsumerSettings, Endpoint, Step
+from mgpu_effects.settings import (
+    ConsumerSettings,
+    DriverSettings,
+    Endpoint,
+    ProcessSettings,
+    Step,
+    SystemdSettings,
+)
 from tests.support.dev_http import free_port, serving, serving_raw
 
 
@@ -131,6 +138,22 @@ async def test_without_an_answer_the_driver_tells_whether_it_is_gone(session, ru
 async def test_with_a_driver_alone_who_answers_is_resident(session):
     async with serving(ok) as url:
         assert (await probe(session, consumer(url), 5, Running(True))).resident is True
+
+
+async def test_a_stranger_in_place_of_a_process_of_ours_is_not_resident(session):
+    ours = DriverSettings(process=ProcessSettings(command=("serve",)))
+    async with serving(ok) as url:
+        settings = consumer(url, driver=ours)
+        facts = await probe(session, settings, 5, Running(False))
+        assert facts == ProbeFacts(healthy=True, resident=False)
+        assert (await probe(session, settings, 5, Running(True))).resident is True
+
+
+async def test_who_answers_in_place_of_a_unit_is_resident(session):
+    unit = DriverSettings(systemd=SystemdSettings(unit="a.service"))
+    async with serving(ok) as url:
+        facts = await probe(session, consumer(url, driver=unit), 5, Running(False))
+        assert facts.resident is True
 
 
 @pytest.mark.parametrize("routes", [{"load": (Step(path="/"),)}, {"unload": (Step(path="/"),)}])

@@ -10,7 +10,7 @@ import pytest
 
 from mgpu_effects.calls import control_session
 from mgpu_effects.drivers import make_driver
-from mgpu_effects.settings import ConsumerSettings, DriverSettings, ProcessDriver
+from mgpu_effects.settings import ConsumerSettings, DriverSettings, ProcessSettings
 from tests.support.dev_http import free_port
 
 SERVICE = Path(__file__).parent.parent / "support" / "dev_service.py"
@@ -35,7 +35,7 @@ class Service:
 
     def __init__(self, session, tmp_path: Path) -> None:
         self.port = free_port()
-        self.exits: list[int] = []
+        self.exits = 0
         self._session = session
         self._pids = tmp_path / "pids"
         self._drivers = []
@@ -46,11 +46,14 @@ class Service:
         consumer = ConsumerSettings(
             name="voice",
             url=f"http://127.0.0.1:{self.port}",
-            driver=DriverSettings(process=ProcessDriver(**settings)),
+            driver=DriverSettings(process=ProcessSettings(**settings)),
         )
-        driver = make_driver(consumer, self._session, self.exits.append)
+        driver = make_driver(consumer, self._session, self._exited)
         self._drivers.append(driver)
         return driver
+
+    def _exited(self) -> None:
+        self.exits += 1
 
     @property
     def started(self) -> bool:
@@ -106,7 +109,7 @@ async def test_stop_ends_it_and_a_later_start_brings_another(service):
     assert await driver.running() is False
     assert await driver.start() is None
     assert service.pids != [first]
-    assert service.exits == []
+    assert service.exits == 0
 
 
 async def test_stopping_what_does_not_run_is_done_at_once(service):
@@ -150,6 +153,18 @@ async def test_who_ignores_every_stop_signal_is_killed_after_the_grace(service):
     assert not alive(leader)
 
 
+async def test_a_cancelled_stop_kills_at_once(service):
+    driver = service.driver("--ignore-terms", "99", "--stubborn-child", grace_s=50)
+    assert await driver.start() is None
+    stopping = asyncio.create_task(driver.stop())
+    await until(lambda: any("TERM" in line for line in driver.tail()))
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert not any(map(alive, service.pids))
+    assert await driver.running() is False
+
+
 async def test_the_stop_signal_is_the_configured_one(service):
     driver = service.driver("--ignore-terms", "99", stop_signal="USR1", grace_s=50)
     assert await driver.start() is None
@@ -163,6 +178,18 @@ async def test_an_exit_before_it_answers_is_told_with_its_code_and_last_words(se
     assert await driver.start() == "exited_3"
     assert driver.tail()[-1] == "no such model"
     assert await driver.running() is False
+
+
+async def test_its_last_words_are_logged_as_an_error_when_it_ends_by_itself(service, caplog):
+    caplog.set_level(logging.ERROR, logger="mgpu_effects.drivers.process")
+    assert await service.driver("--exit", "3", "--lines", "20", "--say", "no such model").start()
+    await until(lambda: len(caplog.records) == 3)
+    said = "\n  ".join([*(f"line {n}" for n in range(11, 20)), "no such model"])
+    assert {record.message for record in caplog.records} == {
+        "voice did not start: exited_3",
+        "voice ended by itself: exited_3",
+        f"voice said last:\n  {said}",
+    }
 
 
 async def test_one_that_never_answers_is_not_ready_and_its_group_killed(service):
@@ -228,7 +255,7 @@ async def test_an_end_by_itself_is_noticed_and_what_it_left_is_killed(service):
     leader, child = service.pids
     await service.get("/crash")
     await until(lambda: service.exits)
-    assert service.exits == [7]
+    assert service.exits == 1
     assert await driver.running() is False
     assert not alive(leader)
     assert not alive(child)
@@ -241,7 +268,7 @@ async def test_its_output_is_kept_and_passed_to_a_logger_of_its_name(service, ca
     driver = service.driver("--lines", "1000", "--say", "the end")
     assert await driver.start() is None
     await until(lambda: "the end" in driver.tail())
-    assert driver.tail() == (*(f"line {n}" for n in range(801, 1000)), "the end")
+    assert driver.tail() == (*(f"line {n}" for n in range(991, 1000)), "the end")
     said = [record.message for record in caplog.records if record.name == "mgpu.output.voice"]
     assert said == [*(f"line {n}" for n in range(1000)), "the end"]
 

@@ -477,7 +477,7 @@ async def test_a_client_that_takes_nothing_counts_as_gone(session, upstream, on_
     outcome = await asyncio.wait_for(serve(job, session, settings), 5)
 
     assert outcome == "disconnected"
-    assert client.calls == ["start", "fail"]
+    assert client.calls == ["start", "cut"]
     assert job.gone.is_set()
 
 

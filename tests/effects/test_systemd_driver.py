@@ -10,8 +10,7 @@ from aiohttp import web
 from mgpu_effects.calls import control_session
 from mgpu_effects.drivers import make_driver
 from mgpu_effects.drivers.systemd import SystemdDriver
-from mgpu_effects.settings import ConsumerSettings, DriverSettings
-from mgpu_effects.settings import SystemdDriver as SystemdSettings
+from mgpu_effects.settings import ConsumerSettings, DriverSettings, SystemdSettings
 from tests.support.dev_http import serving
 
 # Says and returns what systemd 252's does. The unit's state is a file beside it.

@@ -155,11 +155,19 @@ class Broker:
             self.post(lambda at: Cancel(at=at, request=request))
 
     def cancel(self, request: str) -> bool:
-        """An operator ends the request, its client gets `cancelled`; False: there is none."""
-        if self._executor.get(request) is None:
+        """An operator ends the request, its client gets `cancelled`; False: there is none.
+
+        A load that an operator asked for is a request too, without a client.
+        """
+        if self._executor.get(request) is None and request not in self.state.requests:
             return False
         self.post(lambda at: Cancel(at=at, request=request))
         return True
+
+    @property
+    def lost_events(self) -> int:
+        """How many events the log could not take."""
+        return self._event_log.lost
 
     def _look_at(self, consumer: str) -> None:
         self._watch.probe(consumer)

@@ -15,7 +15,7 @@ from aiohttp import ClientSession
 from mgpu_core import effects as fx
 from mgpu_core.events import Event, Outcome, ServeDone, SwapDone, Tick, UnloadDone
 from mgpu_effects.clock import Clock
-from mgpu_effects.errors import BrokerError
+from mgpu_effects.errors import SHUTTING_DOWN, BrokerError, of_reject
 from mgpu_effects.jobs import Job
 from mgpu_effects.proxy import serve
 from mgpu_effects.services import Services
@@ -26,8 +26,6 @@ T = TypeVar("T")
 
 # How long a client may take to read a short answer of ours.
 ANSWER_S = 10
-
-SHUTTING_DOWN = BrokerError(code="shutting_down", message="the broker shuts down", retryable=True)
 
 _log = logging.getLogger(__name__)
 
@@ -181,16 +179,7 @@ class Executor:
             return "upstream_error"
 
     def _reject(self, effect: fx.Reject) -> None:
-        self.refuse(
-            effect.request,
-            BrokerError(
-                code=effect.code,
-                message=effect.message,
-                consumer=effect.consumer,
-                retryable=effect.retryable,
-                retry_after=effect.retry_after,
-            ),
-        )
+        self.refuse(effect.request, of_reject(effect))
 
     def _start_unload(self, effect: fx.StartUnload) -> None:
         def ended(task: asyncio.Task[str | None]) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
+from mgpu_core.effects import Reject
+
 # code: HTTP status (http.md section 1).
 STATUS: Mapping[str, int] = {
     "bad_request": 400,
@@ -51,3 +53,17 @@ class BrokerError(Exception):
             "consumer": self.consumer,
             "retryable": self.retryable,
         }
+
+
+SHUTTING_DOWN = BrokerError(code="shutting_down", message="the broker shuts down", retryable=True)
+
+
+def of_reject(reject: Reject) -> BrokerError:
+    """Give what the client is told of the scheduler's refusal."""
+    return BrokerError(
+        code=reject.code,
+        message=reject.message,
+        consumer=reject.consumer,
+        retryable=reject.retryable,
+        retry_after=reject.retry_after,
+    )

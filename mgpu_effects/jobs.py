@@ -27,7 +27,7 @@ class Body(Protocol):
 
 class Responder(Protocol):
     """The way back to the client. Calls come from one task, in this order, each at most once
-    but `write`; every call returns when the client took what was sent.
+    but `write`; every call but `cut` returns when the client took what was sent.
     """
 
     async def start(self, status: int, headers: Headers) -> None:
@@ -41,6 +41,9 @@ class Responder(Protocol):
 
     async def fail(self, error: BrokerError) -> None:
         """Answer with the error, or cut the connection if the answer has begun."""
+
+    def cut(self) -> None:
+        """Cut the connection of a client that takes nothing."""
 
 
 @define(kw_only=True, eq=False)

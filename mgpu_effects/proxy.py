@@ -172,8 +172,8 @@ class _Exchange:
                 await send(*args, **kwargs)
         except TimeoutError:
             if not self.job.gone.is_set():
-                await self._fail(self._error("cancelled", "had a client that took nothing"))
                 self.job.gone.set()
+                self.job.responder.cut()
         except OSError:
             self.job.gone.set()
         finally:

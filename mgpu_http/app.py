@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mgpu_effects.broker import Broker
 from mgpu_effects.clock import Clock
-from mgpu_effects.errors import BrokerError
+from mgpu_effects.errors import SHUTTING_DOWN, BrokerError
 from mgpu_http.auth import check_names, cors_headers, identify, preflight_headers
 from mgpu_http.body import Intake
 from mgpu_http.exchange import Exchange, Service
@@ -22,11 +22,13 @@ from mgpu_http.metrics import Metrics
 from mgpu_http.openapi import document
 from mgpu_http.operations import OPERATIONS, Operation
 from mgpu_http.paths import normalise
-from mgpu_http.respond import SHUTTING_DOWN, JobResponder, Reply
+from mgpu_http.respond import JobResponder, Reply
 
 log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 64 * 1024
+# What a page's preflight question carries, by the Fetch standard.
+PREFLIGHT = {"origin", "access-control-request-method"}
 
 
 def make_app(broker: Broker, clock: Clock, reload: Callable[[], Awaitable[None]]) -> ASGIApp:
@@ -35,7 +37,7 @@ def make_app(broker: Broker, clock: Clock, reload: Callable[[], Awaitable[None]]
     `reload` reads the configuration anew, or raises `ConfigErrors`. The server has to put `cut`,
     which resets the connection, into the `state` of each scope.
     """
-    metrics = Metrics(lambda: broker.state)
+    metrics = Metrics(broker)
     broker.observers.append(metrics.observe)
     return Facade(Service(broker=broker, clock=clock, metrics=metrics, reload=reload))
 
@@ -56,8 +58,9 @@ class Facade:
         reply = Reply(send, intake, scope["state"]["cut"])
         request_id = f"{self._service.broker.run}-{next(self._ids)}"
         reply.headers[b"x-mgpu-request"] = request_id.encode()
-        scope["state"]["exchange"] = Exchange(id=request_id, intake=intake, reply=reply)
         responder = JobResponder(reply)
+        exchange = Exchange(id=request_id, intake=intake, reply=reply, responder=responder)
+        scope["state"]["exchange"] = exchange
         try:
             app = self._admit(scope, reply) or self._router
             await app(scope, receive, reply.send)
@@ -71,6 +74,9 @@ class Facade:
             log.exception("request %s failed by a defect", request_id)
             message = f"a defect of the broker; its log says more about {request_id}"
             await responder.fail(BrokerError(code="internal_error", message=message))
+        finally:
+            if exchange.kind is not None:
+                self._service.metrics.ended(exchange.consumer, exchange.kind, responder.outcome)
 
     def _admit(self, scope: Scope, reply: Reply) -> Response | None:
         """Check what holds for all paths; a page's preflight question is answered here."""
@@ -82,7 +88,7 @@ class Facade:
         reply.headers.update(cors_headers(settings, headers))
         scope["raw_path"] = normalise(scope["raw_path"])
         scope["path"] = unquote(scope["raw_path"].decode("ascii"))
-        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+        if scope["method"] == "OPTIONS" and set(headers) >= PREFLIGHT:
             return Response(status_code=204, headers=preflight_headers(settings, headers))
         return None
 
@@ -103,6 +109,7 @@ class PathEndpoint:
             exchange.reply.headers[b"allow"] = allowed.encode()
             message = f"{request.method} is not among the methods of this path: {allowed}"
             raise BrokerError(code="method_not_allowed", message=message)
+        exchange.kind = operation.kind
         settings = self._service.broker.settings
         exchange.caller = identify(settings, request.headers, operation.access)
         response = await operation.handler(self._service, exchange, request)

@@ -58,9 +58,10 @@ def _write_all(file: int, piece: bytes) -> None:
 
 
 class Intake:
-    """Everything that comes from one client during one request, read from first to last.
+    """Everything that comes from one client during one request.
 
-    There is one reader at any time, and always one: a body that nobody wants is thrown away.
+    There is one reader at any time: the handler while it takes the body in, then to the end a task
+    in the background, and a body that nobody wants is thrown away.
     Left unread it would fill Hypercorn's queue of ten messages and block the connection for ever,
     our answer and the news of the client's departure included.
     """

@@ -6,6 +6,7 @@ lets no application end a connection otherwise than cleanly. So its protocol is 
 way of accepting.
 """
 
+import contextlib
 import socket
 import struct
 
@@ -59,7 +60,8 @@ class Connection(TCPServer):
 
     def cut(self) -> None:
         """Reset the connection: the client sees that something is missing."""
-        self.writer.get_extra_info("socket").setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE
-        )
+        with contextlib.suppress(OSError):  # it is closed already
+            self.writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE
+            )
         self.writer.transport.abort()

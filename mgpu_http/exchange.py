@@ -9,7 +9,7 @@ from mgpu_effects.clock import Clock
 from mgpu_http.auth import Caller
 from mgpu_http.body import Intake
 from mgpu_http.metrics import Metrics
-from mgpu_http.respond import Reply
+from mgpu_http.respond import JobResponder, Reply
 
 
 @define(kw_only=True, eq=False)
@@ -19,7 +19,10 @@ class Exchange:
     id: str  # ours: X-Mgpu-Request
     intake: Intake
     reply: Reply
+    responder: JobResponder
     caller: Caller = field(factory=Caller)
+    kind: str | None = None  # of work, None where it asks the broker itself
+    consumer: str = ""  # who does the work; empty before that is known
 
 
 @define(kw_only=True, eq=False)

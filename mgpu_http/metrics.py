@@ -1,6 +1,6 @@
 """GET /metrics: what was counted here, and what the scheduler's state says at the moment."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 from mgpu_core.effects import StartLoad, StartUnload
 from mgpu_core.scheduler import Transition
 from mgpu_core.state import Phase, Residency, State
-from mgpu_effects.jobs import Job
+from mgpu_effects.broker import Broker
 from mgpu_http.status import gpu_rows, resident_mib
 
 WAIT_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -19,11 +19,11 @@ WORK = ("consumer", "kind")
 class Metrics:
     """The numbers of one broker; each has a registry of its own."""
 
-    def __init__(self, state: Callable[[], State]) -> None:
+    def __init__(self, broker: Broker) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "mgpu_requests",
-            "Requests that ended, by HTTP status or our error code",
+            "Requests for work that ended, by HTTP status or our error code",
             (*WORK, "outcome"),
             registry=self._registry,
         )
@@ -38,14 +38,14 @@ class Metrics:
         self._evictions = Counter(
             "mgpu_evictions", "Unloads begun", ("consumer",), registry=self._registry
         )
-        self._registry.register(StateCollector(state))
+        self._registry.register(BrokerCollector(broker))
 
-    def count(self, job: Job, outcome: str) -> None:
-        """Count a job that is over."""
-        self._requests.labels(job.consumer, job.kind, outcome).inc()
-        if job.granted is not None:
-            waited_us = job.granted - job.submitted
-            self._waits.labels(job.consumer, job.kind).observe(waited_us / 1_000_000)
+    def ended(self, consumer: str, kind: str, outcome: str) -> None:
+        """Count a request for work; `consumer` is empty where it was refused before its routing."""
+        self._requests.labels(consumer, kind, outcome).inc()
+
+    def waited(self, consumer: str, kind: str, wait_us: int) -> None:
+        self._waits.labels(consumer, kind).observe(wait_us / 1_000_000)
 
     def observe(self, transition: Transition) -> None:
         """Count what a step of the scheduler began."""
@@ -60,17 +60,22 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class StateCollector(Collector):
-    """Reads the state at each scrape: nothing is kept twice."""
+class BrokerCollector(Collector):
+    """Asks the broker at each scrape: nothing is kept twice."""
 
-    def __init__(self, state: Callable[[], State]) -> None:
-        self._state = state
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
 
     def collect(self) -> Iterator[Metric]:
-        state = self._state()
+        state = self._broker.state
         yield from _work(state)
         yield from _consumers(state)
         yield from _gpus(state)
+        yield CounterMetricFamily(
+            "mgpu_lost_events",
+            "Events that the event log could not take",
+            value=self._broker.lost_events,
+        )
 
 
 def _work(state: State) -> Iterator[Metric]:
@@ -88,7 +93,9 @@ def _work(state: State) -> Iterator[Metric]:
 
 def _consumers(state: State) -> Iterator[Metric]:
     labels = ("consumer",)
-    healthy = GaugeMetricFamily("mgpu_consumer_healthy", "Its last probe succeeded", labels=labels)
+    healthy = GaugeMetricFamily(
+        "mgpu_consumer_healthy", "Whether it is believed to be reachable", labels=labels
+    )
     vram = GaugeMetricFamily("mgpu_consumer_vram_mib", "Memory that it holds", labels=labels)
     served = CounterMetricFamily("mgpu_consumer_requests", "Requests granted", labels=labels)
     for name, consumer in state.consumers.items():

@@ -30,6 +30,7 @@ class Operation:
     answer: str
     parameters: tuple[tuple[str, str, str], ...] = ()
     takes_body: bool = False
+    kind: str | None = None  # of the work that it is, for the metrics
 
 
 MAX_WAIT = ("X-Mgpu-Max-Wait", "header", "how many seconds it may wait")
@@ -47,8 +48,20 @@ WORK = tuple(
         answer="the service's own answer",
         parameters=(MAX_WAIT, PRIORITY),
         takes_body=True,
+        kind=kind,
     )
     for kind in KINDS
+)
+
+AUDIO = Operation(
+    method="GET",
+    path="/audio/{path:path}",
+    access="client",
+    handler=work.audio,
+    id="audio",
+    summary="Files of `audio_proxy`",
+    answer="the service's own answer",
+    kind="audio",
 )
 
 STEERING = tuple(
@@ -72,7 +85,6 @@ STEERING = tuple(
 
 
 PLAIN_ROWS: tuple[tuple[str, str, Access, Handler, str, str], ...] = (
-    ("GET", "/audio/{path:path}", "client", work.audio, "audio", "Files of `audio_proxy`"),
     ("GET", "/", "open", steer.about, "about", "What this is"),
     ("GET", "/healthz", "open", steer.health, "health", "Whether the broker lives"),
     ("GET", "/v1/status", "client", steer.status, "status", "Everything at a glance"),
@@ -97,4 +109,4 @@ PLAIN = tuple(
     for method, path, access, handler, id_, summary in PLAIN_ROWS
 )
 
-OPERATIONS: tuple[Operation, ...] = (*WORK, *PLAIN, *STEERING)
+OPERATIONS: tuple[Operation, ...] = (*WORK, AUDIO, *PLAIN, *STEERING)

@@ -12,7 +12,6 @@ from mgpu_effects.jobs import Headers
 from mgpu_http.body import Intake
 
 LINGER_S = 2.0
-SHUTTING_DOWN = BrokerError(code="shutting_down", message="the broker shuts down", retryable=True)
 
 
 class Reply:
@@ -28,9 +27,14 @@ class Reply:
         self._intake = intake
         self._cut = cut
         self.began = False
-        self.over = False  # it is complete, or was cut off
+        self.complete = False
+        self.was_cut = False
         self.status: int | None = None
         self.headers: dict[bytes, bytes] = {}
+
+    @property
+    def over(self) -> bool:
+        return self.complete or self.was_cut
 
     async def send(self, message: Message) -> None:
         self._intake.watch()
@@ -45,12 +49,12 @@ class Reply:
             message = {**message, "headers": self._merged(message.get("headers", ()))}
         elif not message.get("more_body", False):
             await self._linger(message)
-            self.over = True
+            self.complete = True
         await self._send(message)
 
     def cut(self) -> None:
         """End the connection with a reset, whatever was sent."""
-        self.over = True
+        self.was_cut = True
         self._cut()
 
     def _merged(self, headers: Headers) -> list[tuple[bytes, bytes]]:
@@ -74,7 +78,7 @@ class Reply:
 
 
 class JobResponder:
-    """What the proxy answers a job through."""
+    """What a request is answered through where it is not by a handler's response."""
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
@@ -94,13 +98,24 @@ class JobResponder:
     async def fail(self, error: BrokerError) -> None:
         self.error = error
         if self._reply.began:
-            self._reply.cut()
+            self.cut()
             return
         answer = error_response(error)
         await self.start(error.status, answer.raw_headers)
         await self._reply.send(
             {"type": "http.response.body", "body": bytes(answer.body), "more_body": False}
         )
+
+    def cut(self) -> None:
+        self._reply.cut()
+
+    @property
+    def outcome(self) -> str:
+        """The code of our error, else the status of a whole answer, else `gone`."""
+        if self.error is not None:
+            return self.error.code
+        whole = self._reply.complete and not self._reply.was_cut
+        return str(self._reply.status) if whole else "gone"
 
 
 def error_response(error: BrokerError) -> JSONResponse:

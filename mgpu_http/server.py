@@ -30,6 +30,7 @@ BACKLOG = 256
 KEEP_ALIVE_S = 20  # also how long a client may take for the head of its request
 # Beyond this Hypercorn ends the connection with a bare 431; below it the façade refuses.
 MAX_HEAD_BYTES = 128 * 1024
+NEEDS_RESTART = ("listen", "event_log")
 LAST_ANSWERS_S = 5  # between the end of the broker and the end of all connections
 
 TOO_MANY = BrokerError(
@@ -132,9 +133,11 @@ class Reloader:
     async def __call__(self) -> None:
         """Take the new configuration over; raises `ConfigErrors`."""
         new = await asyncio.to_thread(load_settings, self._path)
-        if new.listen != self._broker.settings.listen:
-            log.warning("a new `listen` takes effect with the next start")
-            new = evolve(new, listen=self._broker.settings.listen)
+        for name in NEEDS_RESTART:
+            old = getattr(self._broker.settings, name)
+            if getattr(new, name) != old:
+                log.warning("a new `%s` takes effect with the next start", name)
+                new = evolve(new, **{name: old})
         await self._broker.reload(new)
         log.info("%s was read anew", self._path)
 

@@ -8,14 +8,13 @@ from starlette.types import Scope
 from mgpu_core.effects import Reject
 from mgpu_core.events import Cancel, Request
 from mgpu_core.requests import refusal
-from mgpu_effects.errors import BrokerError
+from mgpu_effects.errors import SHUTTING_DOWN, BrokerError, of_reject
 from mgpu_effects.jobs import Body, Headers, Job
 from mgpu_effects.settings import ConsumerSettings, Kind
 from mgpu_http.auth import CREDENTIALS, Caller
 from mgpu_http.body import ClientGoneError, SpooledBody, refuse_beyond
 from mgpu_http.exchange import Exchange, Service
 from mgpu_http.paths import with_query
-from mgpu_http.respond import SHUTTING_DOWN, JobResponder
 
 
 async def work(service: Service, exchange: Exchange, request: requests.Request, kind: Kind) -> None:
@@ -24,6 +23,7 @@ async def work(service: Service, exchange: Exchange, request: requests.Request, 
     What can be refused without the body is refused before it is read.
     """
     consumer = routed(service, kind)
+    exchange.consumer = consumer.name
     endpoint = consumer.paths.get(kind)
     if endpoint is None:
         raise BrokerError(code="no_consumer", message=f"{consumer.name} has no path for {kind}")
@@ -58,6 +58,7 @@ async def audio(service: Service, exchange: Exchange, request: requests.Request)
         raise SHUTTING_DOWN
     if settings.audio_proxy is None:
         raise BrokerError(code="no_consumer", message="no consumer is the `audio_proxy`")
+    exchange.consumer = settings.audio_proxy
     job = make_job(
         exchange,
         request.scope,
@@ -83,15 +84,8 @@ async def see_through(service: Service, exchange: Exchange, job: Job) -> None:
         if not exchange.reply.over:
             service.broker.leave(job.request)
     await job.done.wait()
-    service.metrics.count(job, outcome_of(exchange, job))
-
-
-def outcome_of(exchange: Exchange, job: Job) -> str:
-    responder = job.responder
-    assert isinstance(responder, JobResponder)
-    if responder.error is not None:
-        return responder.error.code
-    return str(exchange.reply.status) if exchange.reply.over else "gone"
+    if job.granted is not None:
+        service.metrics.waited(job.consumer, job.kind, job.granted - job.submitted)
 
 
 async def refuse_early(service: Service, exchange: Exchange, consumer: str, kind: Kind) -> None:
@@ -110,13 +104,7 @@ async def refuse_early(service: Service, exchange: Exchange, consumer: str, kind
     transition = await broker.apply(event)
     for effect in transition.effects:
         if isinstance(effect, Reject) and effect.request == exchange.id:
-            raise BrokerError(
-                code=effect.code,
-                message=effect.message,
-                consumer=effect.consumer,
-                retryable=effect.retryable,
-                retry_after=effect.retry_after,
-            )
+            raise of_reject(effect)
     # It changed its mind in between. This was no request yet: the one with the body follows.
     await broker.apply(lambda at: Cancel(at=at, request=exchange.id))
 
@@ -151,7 +139,7 @@ def make_job(
         path=path,
         headers=[(name, value) for name, value in headers if name not in CREDENTIALS],
         body=body,
-        responder=JobResponder(exchange.reply),
+        responder=exchange.responder,
         priority=priority,
         max_wait_s=max_wait_s,
         client=scope["client"][0],

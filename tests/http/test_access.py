@@ -202,6 +202,12 @@ async def test_preflight_is_answered_for_allowed_origins_only(
         assert "access-control-allow-origin" not in answer.headers
 
 
+async def test_options_without_an_origin_is_no_preflight(tmp_path: Path) -> None:
+    async with facade(tmp_path, config(None)) as broker:
+        answer = await broker.ask("OPTIONS", "/v1/tts", "Access-Control-Request-Method: POST")
+        assert (answer.status, answer.error) == (405, "method_not_allowed")
+
+
 # --------------------------------------------------------------------------------- paths
 
 

@@ -194,6 +194,8 @@ async def test_a_client_that_takes_nothing_counts_as_gone(
         await eventually(lambda: upstream.stats()["active"] == 0)
         assert len(await client.closed()) < 64 << 20
         await eventually(lambda: not broker.server.connections)
+        metrics = (await broker.ask("GET", "/metrics")).body
+        assert b'mgpu_requests_total{consumer="worker",kind="tts",outcome="gone"} 1.0' in metrics
 
 
 async def test_a_connection_serves_one_request_after_the_other(

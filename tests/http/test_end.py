@@ -102,6 +102,18 @@ async def test_reload_over_http_reports_all_errors_and_the_old_one_goes_on(
         assert (await broker.ask("POST", "/v1/tts", body=b"")).error == "no_consumer"
 
 
+async def test_a_reload_says_what_takes_a_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with facade(tmp_path, config(None)) as broker:
+        elsewhere = {"dir": str(tmp_path / "elsewhere")}
+        write_config(tmp_path, config(None, listen="127.0.0.1:1", event_log=elsewhere))
+        assert (await broker.ask("POST", "/v1/reload")).json() == {"reloaded": True}
+        for name in ("listen", "event_log"):
+            assert f"a new `{name}` takes effect with the next start" in caplog.text
+        assert broker.broker.settings.event_log.dir == str(tmp_path / "log")
+
+
 async def test_an_address_in_use_is_a_clear_failure(tmp_path: Path) -> None:
     (taken,) = bind(["127.0.0.1:0"])
     with taken:

@@ -1,11 +1,16 @@
 """http.md section 3: seeing and steering."""
 
+import asyncio
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.facade import Facade, config, facade
+from tests.support.facade import LIMIT_S, Facade, config, facade, write_config
 from tests.support.upstream import Upstream
 
 ROUTES = {"load": {"path": "/load"}, "unload": {"path": "/unload"}}
@@ -82,6 +87,22 @@ async def test_one_request_is_its_row_of_the_status(tmp_path: Path, upstream: Up
         status = await broker.until("served", lambda s: s["scheduler"]["in_flight"] == 1)
         (row,) = status["requests"]
         assert (await broker.ask("GET", f"/v1/requests/{row['id']}")).json() == row
+
+
+async def test_a_load_that_waits_is_seen_and_cancelled_as_a_request(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    async with facade(tmp_path, two(upstream)) as broker, broker.connect() as client:
+        await client.send("POST", "/v1/image", "X-Upstream: do=never", body=b"")
+        await broker.until("served", lambda s: s["scheduler"]["in_flight"] == 1)
+        await broker.ask("POST", "/v1/consumers/worker/load")
+        (row,) = (r for r in (await broker.status())["requests"] if r["consumer"] == "worker")
+        assert (await broker.ask("GET", f"/v1/requests/{row['id']}")).json()["id"] == row["id"]
+        answer = await broker.ask("DELETE", f"/v1/requests/{row['id']}")
+        assert answer.json() == {"request": row["id"], "cancelled": True}
+        await broker.until("cancelled", lambda s: s["consumers"]["worker"]["waiting"] == 0)
+        assert (await broker.ask("GET", f"/v1/requests/{row['id']}")).error == "not_found"
+        assert (await broker.ask("DELETE", f"/v1/requests/{row['id']}")).error == "not_found"
 
 
 async def test_load_and_unload(tmp_path: Path, upstream: Upstream) -> None:
@@ -169,3 +190,56 @@ async def test_metrics_by_consumer_and_kind(tmp_path: Path, upstream: Upstream) 
     assert metrics["mgpu_consumer_vram_mib", "worker"] == 15000
     assert metrics["mgpu_consumer_vram_mib", "other"] == 0
     assert metrics["mgpu_gpu_total_mib", "0"] == 24000
+
+
+async def counted(broker: Facade, *labels: str) -> None:
+    """Wait until one request is counted with these: that comes just after its answer."""
+    deadline = time.monotonic() + LIMIT_S
+    while (metrics := await read_metrics(broker)).get(("mgpu_requests_total", *labels)) != 1:
+        assert time.monotonic() < deadline, f"{labels} not in {metrics}"
+        await asyncio.sleep(0.01)
+
+
+async def test_metrics_count_what_is_refused_before_it_is_queued(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    content = two(upstream)
+    content["consumers"]["worker"] |= {"max_pending": 1, "timeout_s": {"upload": 0.1}}
+    async with facade(tmp_path, content) as broker, broker.connect() as client:
+        await broker.ask("POST", "/v1/tts", "X-Mgpu-Priority: 9", body=b"")
+        await counted(broker, "worker", "tts", "bad_request")
+        await client.send("POST", "/v1/tts", "Content-Length: 5")
+        await counted(broker, "worker", "tts", "upload_timeout")
+        await broker.ask("POST", "/v1/consumers/worker/pin")
+        await broker.ask("POST", "/v1/image", body=b"")
+        await counted(broker, "other", "image", "insufficient_vram")
+        async with broker.connect() as busy:
+            await busy.send("POST", "/v1/tts", "X-Upstream: do=never", body=b"")
+            await broker.until("served", lambda s: s["scheduler"]["in_flight"] == 1)
+            await broker.ask("POST", "/v1/tts", body=b"")
+            await counted(broker, "worker", "tts", "overloaded")
+        await counted(broker, "worker", "tts", "gone")
+        del content["routing"]["image"]
+        write_config(tmp_path, content)
+        await broker.ask("POST", "/v1/reload")
+        await broker.ask("POST", "/v1/image", body=b"")
+        await counted(broker, "", "image", "no_consumer")
+
+
+async def test_metrics_count_what_the_event_log_lost(tmp_path: Path) -> None:
+    async with facade(tmp_path, config(None)) as broker:
+        assert (await read_metrics(broker))["mgpu_lost_events_total",] == 0
+        with files_limited_to(1):
+            await broker.ask("POST", "/v1/drain")
+        assert (await read_metrics(broker))["mgpu_lost_events_total",] >= 1
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Let no file grow beyond `size` bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

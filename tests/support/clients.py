@@ -61,6 +61,9 @@ class Client:
         self.calls.append("fail")
         self.error = error
 
+    def cut(self) -> None:
+        self.calls.append("cut")
+
     @property
     def body(self) -> bytes:
         return b"".join(self.chunks)

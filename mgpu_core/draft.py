@@ -5,7 +5,7 @@ keeps twice cannot come apart, and every effect and note passes through here.
 """
 
 from bisect import insort
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 from attrs import evolve
@@ -75,6 +75,7 @@ class Draft:
 
     def configure(self, config: Config) -> None:
         self._memo.clear()
+        self._servers: dict[str, list[str]] | None = None
         self.config = config
         self.planner = self.own_planner or PLANNERS[config.eviction]
 
@@ -187,12 +188,14 @@ class Draft:
             self._memo[what] = make()
         return cast("T", self._memo[what])
 
-    def siblings(self, name: str) -> Iterator[str]:
+    def siblings(self, name: str) -> Sequence[str]:
         """Give the other consumers of its server."""
-        server = self.consumer(name).server
-        for other, consumer in self.config.consumers.items():
-            if consumer.server == server and other != name:
-                yield other
+        if self._servers is None:
+            self._servers = {}
+            for other, consumer in self.config.consumers.items():
+                self._servers.setdefault(consumer.server, []).append(other)
+        together = self._servers[self.consumer(name).server]
+        return [other for other in together if other != name] if len(together) > 1 else ()
 
     # ----------------------------------------------------------------------------- operations
 

@@ -56,6 +56,9 @@ def walk(d: Draft) -> None:
         if reason is not None and reason.why not in BEYOND_HELP:
             fences.append(_fence(d, d.requests[name]))
     for name in tuple(others):
+        reason = stuck.get(d.requests[name].consumer)
+        if reason is not None and d.reasons.get(name) is reason:
+            continue  # it waits with others of its consumer, and knows why
         _look(d, name, fences, stuck)
         if d.again:
             return

@@ -4,9 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterator
 
-import pytest
 from attrs import evolve
 
 from mgpu_core.codec import decode_config, decode_event, decode_state, encode_effect, encode_state
@@ -33,14 +31,7 @@ from tests.support.brokers import (
     told,
 )
 from tests.support.clients import make_job
-from tests.support.upstream import Upstream, eventually, start_upstream
-
-
-@pytest.fixture
-def upstream() -> Iterator[Upstream]:
-    with start_upstream() as upstream:
-        yield upstream
-
+from tests.support.upstream import eventually
 
 # -------------------------------------------------------------------------------- serving, swapping
 

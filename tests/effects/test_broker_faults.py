@@ -4,7 +4,6 @@ import asyncio
 import json
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,14 +32,7 @@ from tests.support.brokers import (
     told,
 )
 from tests.support.clients import make_job
-from tests.support.upstream import Upstream, eventually, start_upstream
-
-
-@pytest.fixture
-def upstream() -> Iterator[Upstream]:
-    with start_upstream() as upstream:
-        yield upstream
-
+from tests.support.upstream import eventually
 
 # -------------------------------------------------------------------------- services that misbehave
 

@@ -1,7 +1,7 @@
 """Orders to the services: in turn for one server, and only to those who are there."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import ClientSession
@@ -19,13 +19,7 @@ from mgpu_effects.settings import (
     Step,
 )
 from tests.support.brokers import logged, over, paths, running, settings_of, submit, told
-from tests.support.upstream import Upstream, eventually, start_upstream
-
-
-@pytest.fixture
-def upstream() -> Iterator[Upstream]:
-    with start_upstream() as upstream:
-        yield upstream
+from tests.support.upstream import Upstream, eventually
 
 
 @pytest.fixture

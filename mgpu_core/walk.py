@@ -256,23 +256,22 @@ def _no_set(d: Draft, name: str) -> Reason:
 def _attainable_mib(d: Draft, target: str, gpu: int) -> tuple[int, int]:
     """What could come free on a card at best: without who cools down, and with."""
     beside = d.consumer(target).can_coexist_with
-    now = later = sum(held_mib(d.consumer(n), d.consumers[n], gpu) for n in _just_gone(d, gpu))
+    now = sum(held_mib(d.consumer(n), d.consumers[n], gpu) for n in _just_gone(d, gpu))
+    cooling = 0
     for name in d.present():
         if name == target:
             continue
-        consumer, promise = d.consumer(name), d.promises.get(name)
-        if promise is not None and not consumer.vram_managed:
+        promise, gain = d.promises.get(name), gain_mib(d, name, gpu)
+        if promise is not None and not d.consumer(name).vram_managed:
             # At best it is given up, and what a sample shows of it already comes free as well.
-            now += promise.mib.get(gpu, 0) + gain_mib(d, name, gpu)
-            later += promise.mib.get(gpu, 0) + gain_mib(d, name, gpu)
+            now += promise.mib.get(gpu, 0) + gain
         elif d.consumers[name].operation is not None or (
             name not in beside and may_be_evicted(d, name)
         ):
-            now += gain_mib(d, name, gpu)
-            later += gain_mib(d, name, gpu)
+            now += gain
         elif name not in beside and cooling_down(d, name):
-            later += gain_mib(d, name, gpu)
-    return now, later
+            cooling += gain
+    return now, now + cooling
 
 
 def _under_way(d: Draft, target: str) -> tuple[str, ...]:

@@ -6,19 +6,23 @@ lets no application end a connection otherwise than cleanly. So its protocol is 
 way of accepting.
 """
 
+import asyncio
 import contextlib
 import socket
 import struct
+from typing import Any
 
 import h11
 from hypercorn.asyncio.task_group import TaskGroup
 from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
 # SO_LINGER on, with no time: what is still unsent is thrown away, and no clean end is sent.
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+FLUSH_BYTES = 1 << 16
 
 
 class Http1(H11Protocol):
@@ -29,7 +33,17 @@ class Http1(H11Protocol):
 
 
 class Connection(TCPServer):
-    """One client's connection, from its acceptance to its end: `await` it."""
+    """One client's connection, from its acceptance to its end: `await` it.
+
+    What an answer says within one turn of the loop goes out in one piece: a short answer is one
+    packet, not three. The time to keep an idle connection is one timer, not two tasks.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._unsent: list[bytes] = []
+        self._unsent_bytes = 0
+        self._idle: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         sock = self.writer.get_extra_info("socket")
@@ -49,13 +63,13 @@ class Connection(TCPServer):
                     server,
                     self.protocol_send,
                 )
-                await self.idle_task.restart(group, self._idle_timeout)
+                self._keep_for_a_while()
                 await self._read_data()
-                # Else a client's close is answered only when the time to keep it alive is over.
-                await self.idle_task.stop()
         except OSError:
             pass
         finally:
+            self._no_longer_idle()
+            self._flush()
             await self._close()
 
     def cut(self) -> None:
@@ -65,3 +79,47 @@ class Connection(TCPServer):
                 socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE
             )
         self.writer.transport.abort()
+
+    def close_if_idle(self) -> None:
+        """Close it unless a request is being answered."""
+        if self._idle is not None:
+            self.writer.close()
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            try:
+                self._write(event.data)
+                await self.writer.drain()
+            except (ConnectionError, RuntimeError):
+                await self.protocol.handle(Closed())
+        elif isinstance(event, Updated):
+            if event.idle:
+                self._keep_for_a_while()
+            else:
+                self._no_longer_idle()
+        else:
+            self._flush()
+            await super().protocol_send(event)
+
+    def _write(self, data: bytes) -> None:
+        if not self._unsent:
+            self.loop.call_soon(self._flush)
+        self._unsent.append(data)
+        self._unsent_bytes += len(data)
+        if self._unsent_bytes >= FLUSH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._unsent:
+            self.writer.write(b"".join(self._unsent))
+            self._unsent.clear()
+            self._unsent_bytes = 0
+
+    def _keep_for_a_while(self) -> None:
+        self._no_longer_idle()
+        self._idle = self.loop.call_later(self.config.keep_alive_timeout, self.writer.close)
+
+    def _no_longer_idle(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None

@@ -209,6 +209,19 @@ async def test_a_connection_serves_one_request_after_the_other(
             assert (await client.answer()).status == 404
 
 
+async def test_a_short_answer_is_one_packet(tmp_path: Path, upstream: Upstream) -> None:
+    async with facade(tmp_path, config(upstream)) as broker:
+        with socket.create_connection(("127.0.0.1", broker.port)) as client:
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(client, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            async with asyncio.timeout(LIMIT_S):
+                first = await loop.sock_recv(client, 65536)
+        head, _, body = first.partition(b"\r\n\r\n")
+        assert b"200" in head
+        assert body, "the body came apart from the head"
+
+
 async def test_a_closed_idle_connection_is_let_go_at_once(tmp_path: Path) -> None:
     async with facade(tmp_path, config(None)) as broker:
         async with broker.connect() as client:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -127,6 +128,15 @@ async def test_an_address_in_use_is_a_clear_failure(tmp_path: Path) -> None:
         _, said = await asyncio.wait_for(process.communicate(), 20)
         assert process.returncode == 1
         assert f"cannot listen on {address}: Address already in use" in said.decode()
+
+
+async def test_connections_send_what_they_have_without_waiting_for_the_client() -> None:
+    (listening,) = bind(["127.0.0.1:0"])
+    with listening, socket.create_connection(listening.getsockname()) as client:
+        client.settimeout(5)
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_it_listens_on_every_address_of_a_list(tmp_path: Path) -> None:

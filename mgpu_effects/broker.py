@@ -43,6 +43,9 @@ MakeEvent: TypeAlias = Callable[[int], Event]
 # Told the transition of an event once it is written and its effects have begun.
 Stepped: TypeAlias = "asyncio.Future[Transition]"
 
+# What every request leaves: the event log has it, the text log would hold little else.
+ROUTINE = frozenset({"Granted", "Served"})
+
 _log = logging.getLogger(__name__)
 _decisions = logging.getLogger("mgpu.decisions")
 
@@ -220,7 +223,8 @@ class Broker:
             [encode_note(note) for note in transition.notes],
         )
         for note in transition.notes:
-            _decisions.info("%s", _line(note))
+            if note.type not in ROUTINE:
+                _decisions.info("%s", _line(note))
         for effect in transition.effects:
             self._executor.carry_out(effect)
         if isinstance(event, Cancel):

@@ -1,7 +1,7 @@
 """A client's piece of work on its way through the broker."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from attrs import define, field
@@ -18,8 +18,8 @@ class Body(Protocol):
     def size(self) -> int:
         """How many bytes."""
 
-    def chunks(self) -> AsyncIterator[bytes]:
-        """Give it from the beginning, in pieces."""
+    def content(self) -> bytes | AsyncIterator[bytes]:
+        """Give it from the beginning: whole if it is in memory, else in pieces."""
 
     def close(self) -> None:
         """Let go of the memory or the file."""
@@ -46,6 +46,18 @@ class Responder(Protocol):
         """Cut the connection of a client that takes nothing."""
 
 
+class Departure(asyncio.Event):
+    """The client has gone. Who has to act on it at once is in `call`."""
+
+    call: Callable[[], None] | None = None
+
+    def set(self) -> None:
+        news = not self.is_set()
+        super().set()
+        if news and self.call is not None:
+            self.call()
+
+
 @define(kw_only=True, eq=False)
 class Job:
     """One request of one client, from its whole body to the end of its answer.
@@ -66,7 +78,7 @@ class Job:
     client: str | None = None  # its address, for X-Forwarded-For
     scheme: str = "http"
     host: str | None = None
-    gone: asyncio.Event = field(factory=asyncio.Event)
+    gone: Departure = field(factory=Departure)
     done: asyncio.Event = field(factory=asyncio.Event)
     submitted: int = 0  # microseconds, as the events' `at`
     granted: int | None = None

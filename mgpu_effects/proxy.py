@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from typing import ParamSpec
 
 from aiohttp import (
@@ -26,6 +27,7 @@ from mgpu_core.events import Outcome
 from mgpu_effects.errors import BrokerError
 from mgpu_effects.jobs import Headers, Job
 from mgpu_effects.settings import ConsumerSettings
+from mgpu_effects.waiting import Begun, within
 
 P = ParamSpec("P")
 
@@ -115,11 +117,11 @@ class _Exchange:
         whole = asyncio.timeout(self.consumer.timeout_s.total)
         try:
             async with whole:
-                leaving = asyncio.create_task(self._leave_when_gone(whole))
+                self.job.gone.call = partial(self._leave, whole)
                 try:
                     await self._relay()
                 finally:
-                    leaving.cancel()
+                    self.job.gone.call = None
                 self.complete = not self.job.gone.is_set()
                 # From here on the client may close: it has all but the news that this was all.
                 await self._send(self.job.responder.finish)
@@ -138,9 +140,9 @@ class _Exchange:
         limits = self.consumer.timeout_s
         request = self.session.request(
             self.job.method,
-            URL(self.consumer.url.rstrip("/") + self.job.path, encoded=True),
+            _url(self.consumer.url.rstrip("/") + self.job.path),
             headers=_request_headers(self.job, self.consumer),
-            data=self.job.body.chunks() if self.job.body.size else None,
+            data=self.job.body.content() if self.job.body.size else None,
             allow_redirects=False,
             timeout=ClientTimeout(total=None, connect=limits.connect),
         )
@@ -158,8 +160,7 @@ class _Exchange:
 
     async def _next_chunk(self, upstream: ClientResponse) -> bytes:
         """Give what has come by now; empty at the end."""
-        async with asyncio.timeout(self.consumer.timeout_s.idle):
-            return await upstream.content.readany()
+        return await within(self.consumer.timeout_s.idle, upstream.content.readany())
 
     async def _send(
         self, send: Callable[P, Awaitable[None]], *args: P.args, **kwargs: P.kwargs
@@ -167,20 +168,24 @@ class _Exchange:
         """Have the client take it; one that takes nothing for too long counts as gone."""
         if self.job.gone.is_set():
             return
+        too_slow = False
         try:
-            async with asyncio.timeout(self.consumer.timeout_s.client_write) as self.sending:
-                await send(*args, **kwargs)
+            sending = Begun(send(*args, **kwargs))
+            if not sending.over:
+                async with asyncio.timeout(self.consumer.timeout_s.client_write) as self.sending:
+                    await sending
         except TimeoutError:
-            if not self.job.gone.is_set():
-                self.job.gone.set()
-                self.job.responder.cut()
+            too_slow = not self.job.gone.is_set()
         except OSError:
             self.job.gone.set()
         finally:
             self.sending = None
+        if too_slow:
+            self.job.gone.set()
+            self.job.responder.cut()
 
-    async def _leave_when_gone(self, whole: asyncio.Timeout) -> None:
-        await self.job.gone.wait()
+    def _leave(self, whole: asyncio.Timeout) -> None:
+        """The client has gone: end the call, or with `drain` only what is being sent."""
         drained = self.consumer.on_client_gone == "drain"
         scope = self.sending if drained else whole
         if scope is not None:
@@ -216,6 +221,12 @@ class _Exchange:
     def _error(self, code: str, what: str, *, retryable: bool = False) -> BrokerError:
         name = self.consumer.name
         return BrokerError(code=code, message=f"{name} {what}", consumer=name, retryable=retryable)
+
+
+@lru_cache(maxsize=1024)
+def _url(text: str) -> URL:
+    """Parse it as it is: most requests go to a few addresses."""
+    return URL(text, encoded=True)
 
 
 def _request_headers(job: Job, consumer: ConsumerSettings) -> CIMultiDict[str]:

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from starlette.types import Receive
 
 from mgpu_effects.errors import BrokerError
+from mgpu_effects.waiting import within
 
 MEMORY_BYTES = 1 << 20  # a body beyond this waits in a temporary file
 PIECE_BYTES = 1 << 16
@@ -38,12 +39,12 @@ class SpooledBody:
             self._memory.clear()
         await asyncio.to_thread(_write_all, self._file.fileno(), piece)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    def content(self) -> bytes | AsyncIterator[bytes]:
+        return bytes(self._memory) if self._file is None else self._pieces(self._file)
+
+    async def _pieces(self, file: BinaryIO) -> AsyncIterator[bytes]:
         for start in range(0, self.size, PIECE_BYTES):
-            if self._file is None:
-                yield bytes(self._memory[start : start + PIECE_BYTES])
-            else:
-                yield await asyncio.to_thread(os.pread, self._file.fileno(), PIECE_BYTES, start)
+            yield await asyncio.to_thread(os.pread, file.fileno(), PIECE_BYTES, start)
 
     def close(self) -> None:
         self._memory.clear()
@@ -60,14 +61,15 @@ def _write_all(file: int, piece: bytes) -> None:
 class Intake:
     """Everything that comes from one client during one request.
 
-    There is one reader at any time: the handler while it takes the body in, then to the end a task
-    in the background, and a body that nobody wants is thrown away.
+    There is one reader at any time: the handler while it takes the body in or waits for the
+    departure, else a task in the background, and a body that nobody wants is thrown away.
     Left unread it would fill Hypercorn's queue of ten messages and block the connection for ever,
     our answer and the news of the client's departure included.
     """
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
+        self._read = False  # the handler reads
         self._watcher: asyncio.Task[None] | None = None
         # The body came to its end, or the client has gone.
         self.over = asyncio.Event()
@@ -75,7 +77,7 @@ class Intake:
         self.gone = asyncio.Event()
 
     async def take(self, limit_bytes: int, stall_s: float) -> SpooledBody:
-        """Take the body in, then go on watching for the client's departure.
+        """Take the body in; after it somebody has to go on reading: `until_gone`.
 
         Raises `body_too_large`; `upload_timeout` when nothing comes for `stall_s` seconds; and
         `ClientGoneError`.
@@ -89,9 +91,8 @@ class Intake:
                 await body.append(piece)
         except BaseException:
             body.close()
-            raise
-        finally:
             self.watch()
+            raise
         if self.gone.is_set():
             body.close()
             raise ClientGoneError
@@ -99,8 +100,16 @@ class Intake:
 
     def watch(self) -> None:
         """Read on in the background to the end; what still comes of a body is thrown away."""
-        if self._watcher is None:
+        if self._watcher is None and not self._read:
             self._watcher = asyncio.create_task(self._read_to_the_end(), name="intake")
+
+    async def until_gone(self) -> None:
+        """Read on to the end here, in the handler itself."""
+        self._read = True
+        try:
+            await self._read_to_the_end()
+        finally:
+            self._read = False
 
     async def _read_to_the_end(self) -> None:
         while not self.gone.is_set():
@@ -108,8 +117,7 @@ class Intake:
 
     async def _next(self, stall_s: float | None) -> Mapping[str, Any]:
         try:
-            async with asyncio.timeout(stall_s):
-                message = await self._receive()
+            message = await within(stall_s, self._receive())
         except TimeoutError as error:
             raise BrokerError(
                 code="upload_timeout",

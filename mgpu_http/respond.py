@@ -1,8 +1,10 @@
 """The way back to a client: one for every answer, and what the proxy sees of it."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from email.utils import formatdate
+from functools import lru_cache
 
 from starlette.responses import JSONResponse
 from starlette.types import Message, Send
@@ -12,6 +14,12 @@ from mgpu_effects.jobs import Headers
 from mgpu_http.body import Intake
 
 LINGER_S = 2.0
+
+
+@lru_cache(maxsize=1)
+def date(unix_s: int) -> bytes:
+    """Give the `Date` of a second."""
+    return formatdate(unix_s, usegmt=True).encode()
 
 
 class Reply:
@@ -61,7 +69,7 @@ class Reply:
         ours = self.headers.keys() - {b"vary"}
         kept = [(name, value) for name, value in headers if name.lower() not in ours]
         if not any(name.lower() == b"date" for name, _ in kept):
-            kept.append((b"date", formatdate(usegmt=True).encode()))
+            kept.append((b"date", date(int(time.time()))))
         return [*kept, *self.headers.items()]
 
     async def _linger(self, message: Message) -> None:

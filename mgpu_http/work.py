@@ -68,7 +68,6 @@ async def audio(service: Service, exchange: Exchange, request: requests.Request)
         method=request.method,
         path=with_query(request.scope["raw_path"].decode("ascii"), request.scope["query_string"]),
     )
-    exchange.intake.watch()
     service.broker.relay(job)
     await see_through(service, exchange, job)
 
@@ -79,7 +78,7 @@ async def see_through(service: Service, exchange: Exchange, job: Job) -> None:
     The broker's own task works for the job: a cancelled handler must not end it half done.
     """
     try:
-        await exchange.intake.gone.wait()
+        await exchange.intake.until_gone()
     finally:
         if not exchange.reply.over:
             service.broker.leave(job.request)

@@ -98,15 +98,20 @@ async def test_the_log_replays_to_the_same_decisions(upstream, tmp_path):
     assert head["run"] == broker.run == state.run
 
 
-async def test_each_decision_is_a_line_of_the_text_log(upstream, tmp_path, caplog):
+async def test_each_decision_out_of_the_ordinary_is_a_line_of_the_text_log(
+    upstream, tmp_path, caplog
+):
     caplog.set_level(logging.INFO, "mgpu.decisions")
     async with running(settings_of(service(upstream, "a")), tmp_path) as broker:
-        job, _ = submit(broker, "a")
-        await over(job)
+        served, _ = submit(broker, "a")
+        await over(served)
+        refused, _ = submit(broker, "nobody")
+        await over(refused)
         await eventually(lambda: not broker.state.requests)
 
     said = [r.getMessage() for r in caplog.records if r.name == "mgpu.decisions"]
-    assert any(line.startswith("Served ") and f"request={job.request}" in line for line in said)
+    assert any(line.startswith("Rejected ") and refused.request in line for line in said)
+    assert not any(served.request in line for line in said)
     assert not any("\n" in line for line in said)
 
 

@@ -25,6 +25,7 @@ from mgpu_core.state import (
     Source,
     State,
     Swap,
+    changed,
 )
 from mgpu_core.transitions import RESIDENCY, SWAP, Cause, Turn
 
@@ -140,7 +141,7 @@ class Draft:
         return self.config.consumers[name]
 
     def update(self, name: str, **changes: Any) -> ConsumerState:
-        return self.put_consumer(name, evolve(self.consumers[name], **changes))
+        return self.put_consumer(name, changed(self.consumers[name], **changes))
 
     def put_consumer(self, name: str, state: ConsumerState) -> ConsumerState:
         self._memo.clear()
@@ -204,7 +205,7 @@ class Draft:
             kind="load", epoch=epoch, since=self.at, deadline=self.at + self.config.load_timeout_us
         )
         self.move(name, Cause.LOAD_STARTED, Source.COMMAND, operation=operation, touched=self.at)
-        self.counters = evolve(self.counters, loads=self.counters.loads + 1)
+        self.counters = changed(self.counters, loads=self.counters.loads + 1)
         self.do(StartLoad(consumer=name, epoch=epoch))
 
     def goes_by_route(self, name: str) -> bool:
@@ -235,7 +236,7 @@ class Draft:
                 cleared=False,
                 starter=None,
             )
-        self.counters = evolve(self.counters, evictions=self.counters.evictions + 1)
+        self.counters = changed(self.counters, evictions=self.counters.evictions + 1)
         self.age = max(self.age, old.credit)
         self.do(StartUnload(consumer=name, epoch=epoch, how=operation.how))
         self.note("Unloading", consumer=name, epoch=epoch, how=operation.how, because=because)
@@ -254,7 +255,7 @@ class Draft:
     def enqueue_again(self, name: str, *, owed: bool) -> None:
         """Give a joined request its old place back."""
         request = self.requests[name]
-        self.requests[name] = evolve(request, phase=Phase.QUEUED, owed=owed)
+        self.requests[name] = changed(request, phase=Phase.QUEUED, owed=owed)
         if owed and not request.owed:
             self._count(self.owed, request.consumer, 1)
         self._enqueue(name)
@@ -264,7 +265,7 @@ class Draft:
         self._count_overtakes(name)
         self._leave_queue(name)
         self._no_longer_owed(name)
-        self.requests[name] = evolve(self.requests[name], phase=Phase.JOINED)
+        self.requests[name] = changed(self.requests[name], phase=Phase.JOINED)
 
     def grant(self, name: str) -> None:
         """Let it be served now."""
@@ -273,7 +274,7 @@ class Draft:
         self._no_longer_owed(name)
         self._forget_wait(name)
         request = self.requests[name]
-        self.requests[name] = evolve(request, phase=Phase.SERVING, granted=self.at)
+        self.requests[name] = changed(request, phase=Phase.SERVING, granted=self.at)
         self._count(self.waiting, request.consumer, -1)
         self._count(self.serving, request.consumer, 1)
         state = self.consumers[request.consumer]
@@ -284,7 +285,7 @@ class Draft:
             total_requests=state.total_requests + 1,
         )
         waited = self.at - request.at
-        self.counters = evolve(self.counters, jobs=self.counters.jobs + 1, last_wait_us=waited)
+        self.counters = changed(self.counters, jobs=self.counters.jobs + 1, last_wait_us=waited)
         self.last_work = self.at
         self.restore_due = True
         self.do(Serve(request=name, consumer=request.consumer))
@@ -413,7 +414,7 @@ class Draft:
         request = self.requests[name]
         if request.owed:
             self._count(self.owed, request.consumer, -1)
-            self.requests[name] = evolve(request, owed=False)
+            self.requests[name] = changed(request, owed=False)
 
     def _count_overtakes(self, name: str) -> None:
         """Let everybody who came before on its cards count this one: now, or once it is queued."""
@@ -429,7 +430,7 @@ class Draft:
             later = tuple(n for n in still if self.requests[n].phase is Phase.JOINED)
         for other in overtaken:
             self._count_overtake(other, higher=overtaker.priority > self.requests[other].priority)
-        self.requests[name] = evolve(overtaker, uncounted=later)
+        self.requests[name] = changed(overtaker, uncounted=later)
 
     def _came_before(self, request: RequestState, names: Iterable[str]) -> list[str]:
         cards = self.consumer(request.consumer).vram_mib.keys()

@@ -10,7 +10,7 @@ from attrs import evolve
 
 from mgpu_core.config import Consumer
 from mgpu_core.draft import Draft
-from mgpu_core.ordering import is_pinned
+from mgpu_core.ordering import Believed, is_pinned
 from mgpu_core.planners import Holder, View
 from mgpu_core.state import Card, ConsumerState, Promise, Residency
 
@@ -129,40 +129,44 @@ def static_mib(d: Draft, name: str, gpu: int) -> int:
     return held_mib(d.consumer(name), state, gpu)
 
 
-def total_mib(d: Draft, gpu: int) -> int | None:
-    settings, card = d.config.gpus.get(gpu), d.cards.get(gpu)
+def total_mib(s: Believed, gpu: int) -> int | None:
+    settings, card = s.config.gpus.get(gpu), s.cards.get(gpu)
     if settings is not None and settings.total_mib is not None:
         return settings.total_mib
     return None if card is None else card.total_mib
 
 
-def cushion_mib(d: Draft, gpu: int) -> int:
-    settings = d.config.gpus.get(gpu)
+def cushion_mib(s: Believed, gpu: int) -> int:
+    settings = s.config.gpus.get(gpu)
     return settings.cushion_mib if settings else 0
 
 
-def can_never_fit(d: Draft, name: str) -> str | None:
+def can_never_fit(s: Believed, name: str) -> str | None:
     """Say why the consumer can never be brought in as things are configured and pinned."""
-    consumer = d.consumer(name)
-    for gpu, need in need_mib(consumer, d.consumers[name]).items():
-        total = total_mib(d, gpu)
+    consumer = s.config.consumers[name]
+    for gpu, need in need_mib(consumer, s.consumers[name]).items():
+        total = total_mib(s, gpu)
         if total is None:
             continue
-        settings = d.config.gpus.get(gpu)
+        settings = s.config.gpus.get(gpu)
         reserved = settings.reserved_mib if settings else 0
         pinned = [
             other
-            for other, state in d.consumers.items()
+            for other, state in s.consumers.items()
             if other != name
             and state.residency is Residency.RESIDENT
-            and is_pinned(d, other)
+            and is_pinned(s, other)
             and other not in consumer.can_coexist_with
         ]
-        room = total - reserved - sum(held_mib(d.consumer(p), d.consumers[p], gpu) for p in pinned)
-        if need + cushion_mib(d, gpu) > room:
+        room = (
+            total
+            - reserved
+            - sum(held_mib(s.config.consumers[p], s.consumers[p], gpu) for p in pinned)
+        )
+        if need + cushion_mib(s, gpu) > room:
             beside = f" beside the pinned {', '.join(pinned)}" if pinned else ""
             return (
-                f"{name} needs {need} MiB and a cushion of {cushion_mib(d, gpu)} MiB on GPU {gpu}, "
+                f"{name} needs {need} MiB and a cushion of {cushion_mib(s, gpu)} MiB on GPU {gpu}, "
                 f"where {room} MiB can be had{beside}"
             )
     return None

@@ -1,21 +1,35 @@
-"""Who comes first: questions that a state and a draft of one answer alike."""
+"""Questions that a state and a draft of one answer alike: who comes first, who is pinned."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from mgpu_core.config import Config
-from mgpu_core.state import ConsumerState, RequestState
+from mgpu_core.state import Card, ConsumerState, Counters, RequestState
 
 
 class Believed(Protocol):
     """A `State`, or the `Draft` of one."""
 
     @property
+    def draining(self) -> bool: ...
+    @property
+    def stopping(self) -> bool: ...
+    @property
     def config(self) -> Config: ...
     @property
     def consumers(self) -> Mapping[str, ConsumerState]: ...
     @property
+    def retired(self) -> Sequence[str]: ...
+    @property
     def requests(self) -> Mapping[str, RequestState]: ...
+    @property
+    def waiting(self) -> Mapping[str, int]: ...
+    @property
+    def serving(self) -> Mapping[str, int]: ...
+    @property
+    def cards(self) -> Mapping[int, Card]: ...
+    @property
+    def counters(self) -> Counters: ...
     @property
     def queue(self) -> Sequence[str]: ...
     @property

@@ -1,10 +1,13 @@
 """Events of a request: it comes, its client goes, its work ends."""
 
+from attrs import frozen
+
 from mgpu_core.draft import Draft
-from mgpu_core.effects import Probe, Reject
+from mgpu_core.effects import Probe
 from mgpu_core.events import Cancel, Request, ServeDone
 from mgpu_core.memory import can_never_fit, promise_taken
-from mgpu_core.state import Phase, RequestState, Residency, Source, State
+from mgpu_core.ordering import Believed
+from mgpu_core.state import Phase, RequestState, Residency, Source
 from mgpu_core.transitions import Cause
 
 
@@ -13,7 +16,16 @@ def on_request(d: Draft, event: Request) -> None:
     if event.request in d.requests:
         d.note("Ignored", request=event.request, what="Request", because="its id is in use")
         return
-    if _refused(d, event):
+    no = refusal(d, event.consumer, d.at)
+    if no is not None:
+        d.refuse(
+            event.request,
+            no.code,
+            no.message,
+            consumer=event.consumer if d.known(event.consumer) else None,
+            retryable=no.retryable,
+            retry_after_us=no.retry_after_us,
+        )
         return
     d.arrivals += 1
     priority = event.priority
@@ -31,52 +43,37 @@ def on_request(d: Draft, event: Request) -> None:
     )
 
 
-def refusal(state: State, event: Request) -> Reject | None:
-    """Say how a request would be refused now, without deciding anything."""
-    d = Draft(state, event.at, None)
-    _refused(d, event)
-    return next((effect for effect in d.effects if isinstance(effect, Reject)), None)
+@frozen
+class Refusal:
+    code: str
+    message: str
+    retryable: bool = True
+    retry_after_us: int | None = None
 
 
-def _refused(d: Draft, event: Request) -> bool:
-    name, consumer = event.consumer, d.known(event.consumer)
-
-    def refuse(code: str, message: str, *, retryable: bool, retry_us: int | None = None) -> bool:
-        d.refuse(
-            event.request,
-            code,
-            message,
-            consumer=name if consumer else None,
-            retryable=retryable,
-            retry_after_us=retry_us,
-        )
-        return True
-
-    if consumer is None or name in d.retired:
-        return refuse("no_consumer", f"there is no consumer named {name}", retryable=False)
-    if d.draining or d.stopping:
-        return refuse("shutting_down", "the broker takes no new work", retryable=True)
-    state = d.consumers[name]
+def refusal(s: Believed, name: str, at: int) -> Refusal | None:
+    """Say why a request for a consumer would be refused now; this decides nothing."""
+    consumer = s.config.consumers.get(name)
+    if consumer is None or name in s.retired:
+        return Refusal("no_consumer", f"there is no consumer named {name}", retryable=False)
+    if s.draining or s.stopping:
+        return Refusal("shutting_down", "the broker takes no new work")
+    state = s.consumers[name]
     if state.unreachable and not consumer.startable:
         why = f"{name} does not answer its health probe ({state.probe_error})"
-        retry_us = d.config.probe_interval_us
-        return refuse("consumer_unreachable", why, retryable=True, retry_us=retry_us)
+        return Refusal("consumer_unreachable", why, retry_after_us=s.config.probe_interval_us)
     cooldown = state.load_cooldown
-    if cooldown and d.at < cooldown.until and state.residency is not Residency.RESIDENT:
+    if cooldown and at < cooldown.until and state.residency is not Residency.RESIDENT:
         why = f"{name} failed to load {cooldown.failures} times in a row"
-        return refuse("load_failed", why, retryable=True, retry_us=cooldown.until - d.at)
-    pending = d.waiting.get(name, 0) + d.serving.get(name, 0)
-    if pending >= consumer.max_pending + _operator_loads(d, name):
+        return Refusal("load_failed", why, retry_after_us=cooldown.until - at)
+    pending = s.waiting.get(name, 0) + s.serving.get(name, 0)
+    operator_loads = 1 if operator_id(name) in s.requests else 0
+    if pending >= consumer.max_pending + operator_loads:
         why = f"{name} has {pending} requests waiting or served, which is its limit"
-        retry_us = d.counters.last_run_us or 1_000_000
-        return refuse("overloaded", why, retryable=True, retry_us=retry_us)
-    if state.residency is not Residency.RESIDENT and (never := can_never_fit(d, name)):
-        return refuse("insufficient_vram", never, retryable=False)
-    return False
-
-
-def _operator_loads(d: Draft, name: str) -> int:
-    return 1 if operator_id(name) in d.requests else 0
+        return Refusal("overloaded", why, retry_after_us=s.counters.last_run_us or 1_000_000)
+    if state.residency is not Residency.RESIDENT and (never := can_never_fit(s, name)):
+        return Refusal("insufficient_vram", never, retryable=False)
+    return None
 
 
 def operator_id(consumer: str) -> str:

@@ -8,6 +8,7 @@ import hmac
 import ipaddress
 import secrets
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -31,6 +32,9 @@ class Caller:
     key: AuthKey | None = None
 
 
+NOBODY = Caller()
+
+
 def new_key() -> str:
     return f"mgpu_{secrets.token_urlsafe(32)}"
 
@@ -43,7 +47,9 @@ def hash_key(key: str) -> str:
 def identify(settings: Settings, headers: Headers, access: Access) -> Caller:
     """Find out who asks; raises `unauthorized` or `forbidden` where that is not enough."""
     auth = settings.auth
-    if access == "open" or auth.open or not auth.keys:
+    if not auth.keys:
+        return NOBODY
+    if access == "open" or auth.open:
         return Caller(key=_known_key(auth.keys, headers))
     key = _known_key(auth.keys, headers)
     if key is None:
@@ -86,7 +92,8 @@ def origin_allowed(settings: Settings, origin: str) -> bool:
     return origin in settings.allowed_origins
 
 
-def _is_ours(host: str, allowed: Iterable[str]) -> bool:
+@lru_cache(maxsize=64)
+def _is_ours(host: str, allowed: tuple[str, ...]) -> bool:
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:

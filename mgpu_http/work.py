@@ -98,7 +98,7 @@ async def refuse_early(service: Service, exchange: Exchange, consumer: str, kind
         return Request(at=at, request=exchange.id, consumer=consumer, kind=kind)
 
     broker = service.broker
-    if refusal(broker.state, event(service.clock.now())) is None:
+    if refusal(broker.state, consumer, service.clock.now()) is None:
         return
     transition = await broker.apply(event)
     for effect in transition.effects:

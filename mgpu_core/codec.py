@@ -105,7 +105,7 @@ def decode_state(data: Mapping[str, Json]) -> State:
 
 @cache
 def _names(cls: Any) -> tuple[str, ...]:
-    return tuple(attribute.name for attribute in fields(cls))
+    return tuple(attribute.name for attribute in fields(cls) if attribute.init)
 
 
 def _encode_fields(value: object) -> dict[str, Json]:
@@ -167,8 +167,9 @@ def _decoder(hint: Any) -> Decoder:
 
 def _class_decoder(cls: Any) -> Decoder:
     hints = get_type_hints(cls)
-    decoders = {attribute.name: _decoder(hints[attribute.name]) for attribute in fields(cls)}
-    required = {attribute.name for attribute in fields(cls) if attribute.default is NOTHING}
+    given = [attribute for attribute in fields(cls) if attribute.init]
+    decoders = {attribute.name: _decoder(hints[attribute.name]) for attribute in given}
+    required = {attribute.name for attribute in given if attribute.default is NOTHING}
 
     def decode(data: Json, where: str) -> object:
         if not isinstance(data, Mapping):

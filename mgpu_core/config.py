@@ -3,7 +3,7 @@
 The runtime makes it from the user's file; the event log holds it as it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 from attrs import Factory, evolve, field, frozen
@@ -54,6 +54,12 @@ class Consumer:
     pinned: bool = False
     preload: bool = False
     idle_unload_us: int | None = None
+    # Who has the same is the same to the accounting of memory, as long as it holds none.
+    footprint: Hashable = field(init=False, eq=False, repr=False)
+
+    @footprint.default
+    def _footprint(self) -> Hashable:
+        return (tuple(self.vram_mib.items()), self.vram_load_mib, self.can_coexist_with)
 
     @property
     def lazy(self) -> bool:

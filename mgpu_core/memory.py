@@ -224,10 +224,10 @@ def is_protected(d: Draft, name: str) -> bool:
 def alike(d: Draft, name: str) -> Hashable:
     """Give a key that all consumers share who are the same to the accounting of memory."""
     consumer, state = d.consumer(name), d.consumers[name]
-    if state.residency is not Residency.ABSENT or name in d.promises or name in d.swaps:
+    holds_none = state.residency is Residency.ABSENT
+    if not holds_none or consumer.vram_auto or name in d.promises or name in d.swaps:
         return name
-    needs = tuple(need_mib(consumer, state).items())
-    return (needs, tuple(consumer.vram_mib), consumer.can_coexist_with)
+    return consumer.footprint
 
 
 def view_for(d: Draft, target: str, *, max_evictions: int, by_driver: bool = False) -> View:

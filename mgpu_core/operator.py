@@ -91,9 +91,8 @@ def _siblings_at_work(d: Draft, name: str) -> bool:
 
 def unload_idle(d: Draft) -> None:
     """Send out what was idle for as long as its configuration allows."""
-    for name in d.consumers:
-        due = idle_due(d, name)
-        if due is None or d.at < due:
+    for name, due in idle_dues(d):
+        if d.at < due:
             continue
         if any(at_work(d, one) for one in (name, *stops_with(d, name))):
             continue
@@ -101,17 +100,20 @@ def unload_idle(d: Draft) -> None:
             d.start_unload(name, d.next_epoch(), because="it was idle")
 
 
-def idle_due(d: Draft, name: str) -> int | None:
-    """When its idle time is over; None: it may stay."""
-    consumer, state = d.consumer(name), d.consumers[name]
-    if consumer.idle_unload_us is None or state.idle_since is None:
-        return None
-    if not consumer.unloadable or consumer.vram_managed:
-        return None
-    if state.residency is not Residency.RESIDENT or name in d.waiting or is_pinned(d, name):
-        return None
-    cooldown = state.unload_cooldown
-    return max(state.idle_since + consumer.idle_unload_us, cooldown.until if cooldown else 0)
+def idle_dues(d: Draft) -> list[tuple[str, int]]:
+    """Give who may not stay for ever, and when its idle time is over."""
+    dues = []
+    for name, consumer in d.config.consumers.items():
+        if consumer.idle_unload_us is None or not consumer.unloadable or consumer.vram_managed:
+            continue
+        state = d.consumers[name]
+        if state.idle_since is None or state.residency is not Residency.RESIDENT:
+            continue
+        if name in d.waiting or is_pinned(d, name):
+            continue
+        cooled = state.unload_cooldown.until if state.unload_cooldown else 0
+        dues.append((name, max(state.idle_since + consumer.idle_unload_us, cooled)))
+    return dues
 
 
 def on_load(d: Draft, event: Load) -> None:

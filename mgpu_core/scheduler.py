@@ -119,11 +119,10 @@ def set_alarm(d: Draft) -> None:
 def _deadlines(d: Draft) -> list[int]:
     times = [r.deadline for r in d.requests.values() if r.phase is not Phase.SERVING]
     waiting = bool(times)
-    for name, state in d.consumers.items():
+    times += [due for _, due in operator.idle_dues(d)]
+    for state in d.consumers.values():
         if state.operation is not None:
             times.append(state.operation.deadline)
-        if (idle := operator.idle_due(d, name)) is not None:
-            times.append(idle)
         if waiting and state.unload_cooldown is not None:
             times.append(state.unload_cooldown.until)
         if state.busy_seen is not None:

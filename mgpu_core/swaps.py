@@ -56,19 +56,25 @@ def _ask(d: Draft, target: str) -> tuple[str, ...] | None:
 
 def in_the_way(d: Draft, target: str, victims: tuple[str, ...]) -> Reason | None:
     """Say why these victims can't go now (rules 4 and 5), None if they can."""
-    colliding = sorted(
-        swap.target
-        for swap in d.swaps.values()
-        if swap.target != target
-        and (
-            swap.target in victims
-            or target in swap.victims
-            or not set(victims).isdisjoint(swap.victims)
+    if d.swaps and (colliding := _colliding(d, target, set(victims))):
+        return Reason(why=Why.COLLISION, who=colliding)
+    return d.remember(("going", victims), lambda: _not_yet(d, victims))
+
+
+def _colliding(d: Draft, target: str, victims: set[str]) -> tuple[str, ...]:
+    """Whose swap evicts me, would be undone by mine, or counts on the same victim."""
+    return tuple(
+        sorted(
+            swap.target
+            for swap in d.swaps.values()
+            if swap.target != target
+            and (
+                swap.target in victims
+                or target in swap.victims
+                or not victims.isdisjoint(swap.victims)
+            )
         )
     )
-    if colliding:
-        return Reason(why=Why.COLLISION, who=tuple(colliding))
-    return d.remember(("going", victims), lambda: _not_yet(d, victims))
 
 
 def _not_yet(d: Draft, victims: tuple[str, ...]) -> Reason | None:

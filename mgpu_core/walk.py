@@ -90,7 +90,7 @@ def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | No
         d.join(request.request)
         d.why(request.request, Reason(why=Why.SWAP, who=d.swaps[name].victims))
         return None
-    if state.operation is not None or _server_stops(d, name):
+    if state.operation is not None or _server_stops(d, consumer):
         return Reason(why=Why.UNLOADING)
     # 3. It is in, or may be started, and nothing has to go for it: serve.
     victims = () if state.cleared else swaps.plan(d, name)
@@ -109,10 +109,17 @@ def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | No
     return _bring_in(d, request, victims, ahead)
 
 
-def _server_stops(d: Draft, name: str) -> bool:
+def _server_stops(d: Draft, consumer: Consumer) -> bool:
     """The process that it would be loaded into is on its way out with a sibling."""
-    operations = (d.consumers[one].operation for one in d.siblings(name))
-    return any(one and one.kind == "unload" and one.how == "driver" for one in operations)
+    return consumer.server in d.remember("stopping servers", lambda: _stopping_servers(d))
+
+
+def _stopping_servers(d: Draft) -> frozenset[str]:
+    return frozenset(
+        d.consumer(name).server
+        for name, state in d.consumers.items()
+        if state.operation and state.operation.kind == "unload" and state.operation.how == "driver"
+    )
 
 
 def _is_out(d: Draft, name: str) -> bool:

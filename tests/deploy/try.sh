@@ -9,6 +9,7 @@ cd "$(dirname "$0")/../.."
 dir=${TRY_DIR:-/var/tmp/mgpu-try}
 root=$dir/root
 work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 checks=0
 
 ssh_command="ssh -q -p 2222 -i $dir/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"

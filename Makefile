@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint run real clean
+.PHONY: help test lint run real deploy rollback try-deploy clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,16 @@ run: $(READY) ## the broker in front of the services of config/consumers.yaml
 
 real: $(READY) ## the broker in front of real speech services, on this machine's processor
 	$(BIN)/python tests/real/run.py
+
+# HOST, SSH, PREFIX, CONFIG and PYTHON, given on the command line, are in the script's environment.
+deploy: ## the commit that is checked out, on HOST=[USER@]NAME: built, checked, started, or undone
+	@sh systemd/deploy.sh install
+
+rollback: ## HOST=[USER@]NAME goes back to the release that ran before
+	@sh systemd/deploy.sh rollback
+
+try-deploy: ## deploy and rollback against a system of its own (root; Debian with systemd-container)
+	tests/deploy/try.sh
 
 clean: ## what the other targets made
 	rm -rf $(VENV) .venv-real .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -75,8 +75,10 @@ class Broker:
         # Told of every step, in order; they may not raise.
         self.observers: list[Callable[[Transition], None]] = []
         self._seq = 0
-        # None ends the loop, after all that came before it.
-        self._inbox: asyncio.Queue[tuple[MakeEvent, Stepped | None] | None] = asyncio.Queue()
+        # None ends the loop, after all that came before it; a future is only told its turn.
+        self._inbox: asyncio.Queue[
+            tuple[MakeEvent, Stepped | None] | asyncio.Future[None] | None
+        ] = asyncio.Queue()
         configured = settings.event_log.dir
         self._event_log = EventLog(
             log_dir or (Path(configured) if configured else default_dir()),
@@ -191,8 +193,19 @@ class Broker:
         self._inbox.put_nowait((make, stepped))
         return await stepped
 
+    async def takes_events(self) -> bool:
+        """Wait for a turn in the inbox, as an event does; False: the scheduler has failed."""
+        turn = asyncio.get_running_loop().create_future()
+        self._inbox.put_nowait(turn)
+        await turn
+        return not self.failed.is_set()
+
     async def _run(self) -> None:
         while (entry := await self._inbox.get()) is not None:
+            if isinstance(entry, asyncio.Future):
+                if not entry.done():  # who waited may have given up
+                    entry.set_result(None)
+                continue
             make, stepped = entry
             transition = self._advance(make)
             if stepped is None or stepped.done():

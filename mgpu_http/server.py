@@ -21,6 +21,7 @@ from mgpu_effects.config_file import ConfigErrors, load_settings
 from mgpu_effects.errors import BrokerError
 from mgpu_http.app import make_app
 from mgpu_http.connection import Connection
+from mgpu_http.service_manager import ServiceManager
 
 log = logging.getLogger(__name__)
 
@@ -133,12 +134,17 @@ def family_of(host: str) -> socket.AddressFamily:
 class Reloader:
     """Reads the file anew, and lets the broker go on with the old one where it is wrong."""
 
-    def __init__(self, broker: Broker, path: Path) -> None:
+    def __init__(self, broker: Broker, path: Path, manager: ServiceManager) -> None:
         self._broker = broker
         self._path = path
+        self._manager = manager
 
     async def __call__(self) -> None:
         """Take the new configuration over; raises `ConfigErrors`."""
+        with self._manager.reloading():
+            await self._reload()
+
+    async def _reload(self) -> None:
         new = await asyncio.to_thread(load_settings, self._path)
         for name in NEEDS_RESTART:
             old = getattr(self._broker.settings, name)
@@ -161,11 +167,12 @@ async def serve(path: Path) -> int:
     The order of the end: accept nothing more, refuse those who wait and let those served finish
     (`Broker.stop`), and only then close the connections.
     """
+    manager = ServiceManager()
     clock = Clock()
     broker = Broker(load_settings(path), clock=clock)
     allow_open_files()
     sockets = bind(broker.settings.listen)
-    reloader = Reloader(broker, path)
+    reloader = Reloader(broker, path, manager)
     server = Server(make_app(broker, clock, reloader))
     stopping = asyncio.Event()
     reloads: set[asyncio.Task[None]] = set()
@@ -181,14 +188,23 @@ async def serve(path: Path) -> int:
     loop.add_signal_handler(signal.SIGHUP, reload)
     await broker.start()
     await server.listen(sockets)
-    for sock in sockets:
-        host, port = sock.getsockname()[:2]
-        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    urls = [url_of(sock) for sock in sockets]
+    for url in urls:
+        log.info("listening on %s", url)
+    manager.tell("READY=1", f"STATUS=listening on {' '.join(urls)}")
+    beats = asyncio.create_task(manager.keep_alive(broker.takes_events))
     failed = await first(stopping, broker.failed) is broker.failed
+    beats.cancel()
+    manager.tell("STOPPING=1", "STATUS=ending: what is served has its time")
     server.stop_accepting()
     await broker.stop()
     await server.close()
     return 1 if failed else 0
+
+
+def url_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def first(*events: asyncio.Event) -> asyncio.Event:

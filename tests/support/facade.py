@@ -30,6 +30,7 @@ from mgpu_effects.settings import Settings
 from mgpu_http.app import make_app
 from mgpu_http.connection import RESET_ON_CLOSE
 from mgpu_http.server import Reloader, Server, bind
+from mgpu_http.service_manager import ServiceManager
 from tests.support.upstream import Upstream
 
 LIMIT_S = 20
@@ -211,7 +212,7 @@ async def facade(
     path = write_config(directory, content)
     clock = Clock()
     broker = Broker(alter(load_settings(path)), planner=planner, clock=clock)
-    server = Server(make_app(broker, clock, Reloader(broker, path)))
+    server = Server(make_app(broker, clock, Reloader(broker, path, ServiceManager({}))))
     sockets = bind(broker.settings.listen)
     await broker.start()
     await server.listen(sockets)

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint run real deploy rollback try-deploy clean
+.PHONY: help test lint run real bench deploy rollback try-deploy clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ rollback: ## HOST=[USER@]NAME goes back to the release that ran before
 
 try-deploy: ## deploy and rollback against a system of its own (root; Debian with systemd-container)
 	tests/deploy/try.sh
+
+bench: $(READY) ## what a step costs and what the broker adds to a request, as tables
+	$(BIN)/mgpu bench
 
 clean: ## what the other targets made
 	rm -rf $(VENV) .venv-real .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,6 +5,7 @@ import sys
 from argparse import (
     SUPPRESS,
     ArgumentParser,
+    ArgumentTypeError,
     Namespace,
     RawDescriptionHelpFormatter,
     _SubParsersAction,
@@ -14,6 +15,7 @@ from typing import TypeAlias
 
 from attrs import frozen
 
+from mgpu_http.bench.run import PARTS, bench
 from mgpu_http.commands import local, log, remote
 from mgpu_http.commands.output import CommandError, message
 from mgpu_http.status import VERSION
@@ -82,6 +84,24 @@ def apply_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
 
+def bench_arguments(parser: ArgumentParser) -> None:
+    known = ", ".join(PARTS)
+    parser.add_argument("parts", metavar="PART", nargs="*", type=part, help=f"{known} [all]")
+    parser.add_argument("--rounds", type=positive, default=5, help="how often each is measured [5]")
+
+
+def part(text: str) -> str:
+    if text not in PARTS:
+        raise ArgumentTypeError(f"{text!r} is none of {', '.join(PARTS)}")
+    return text
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 REMOTE: tuple[Add, ...] = (broker_url, as_json)
 
 COMMANDS = (
@@ -98,6 +118,13 @@ COMMANDS = (
         example="mgpu check config/consumers.yaml",
         run=local.check,
         add=(config_or_path, as_json),
+    ),
+    Command(
+        name="bench",
+        help="measure what a step costs and what the broker adds to a request",
+        example="mgpu bench steps requests --rounds 3",
+        run=bench,
+        add=(bench_arguments, as_json),
     ),
     Command(
         name="status",

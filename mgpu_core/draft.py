@@ -70,6 +70,8 @@ class Draft:
         self.arrived: list[str] = []
         # Something came free or moved on, so that what was looked at before may have changed.
         self.again = False
+        # Who alone may move on after this event; None: everybody.
+        self.concerned: tuple[str, ...] | None = None
         self.own_planner = planner
         self._memo: dict[Hashable, object] = {}
         self.configure(state.config)

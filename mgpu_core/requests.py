@@ -41,6 +41,8 @@ def on_request(d: Draft, event: Request) -> None:
             deadline=deadline if event.deadline is None else min(deadline, event.deadline),
         )
     )
+    if d.waiting[event.consumer] == 1:  # else those before it in line come first
+        d.concerned = (event.request,)
 
 
 @frozen
@@ -121,6 +123,9 @@ def on_serve_done(d: Draft, event: ServeDone) -> None:
     lost = d.consumers[name].uncertain == "load" and d.consumer(name).lazy
     if lost and event.outcome == "ok":
         d.move(name, Cause.COLD_STARTED, Source.ASSUMED)  # work that ended well shows that it is in
+    nobody_waits = not any(one in d.waiting for one in (name, *d.siblings(name)))
+    if name in d.serving and nobody_waits and state.starter != event.request:
+        d.concerned = ()  # it works on for others: neither its slot nor its memory came free
     d.note(
         "Served",
         request=event.request,

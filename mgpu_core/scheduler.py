@@ -65,6 +65,7 @@ def settle(d: Draft) -> None:
         operator.unload_idle(d)
         if not d.stopping:
             walk.walk(d)
+        d.concerned = None
         if not d.again:
             walk.expire(d)
         if not d.again:

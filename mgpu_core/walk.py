@@ -44,11 +44,16 @@ def walk(d: Draft) -> None:
     """Look at every queued request once; what can move on does, what can't learns why.
 
     A request of a consumer whose earlier one had to stay need not be looked at again: nothing in
-    a walk comes free, it is only taken. Whatever does free something asks for another walk.
+    a walk comes free, it is only taken. Whatever does free something asks for another walk. Nor
+    need anybody be looked at whom the event does not concern: who could not move on before it
+    can't now, unless time has passed that somebody waited for.
     """
     fences: list[Fence] = []
     stuck: dict[str, Reason] = {}
     promoted, others = walk_order(d)
+    on_time = d.wake is None or d.at < d.wake
+    if d.concerned is not None and on_time and not promoted and not d.again:
+        others = d.concerned
     for name in promoted:
         reason = _look(d, name, fences, stuck)
         if d.again:

@@ -2,6 +2,7 @@
 
 import json
 from typing import Any, TypeAlias
+from unittest import mock
 
 from attrs import evolve
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +12,9 @@ from mgpu_core import effects as fx
 from mgpu_core import events as ev
 from mgpu_core.codec import decode_event, decode_state, encode_effect, encode_event, encode_state
 from mgpu_core.config import SECOND_US, Consumer, Gpu
+from mgpu_core.draft import Draft
 from mgpu_core.scheduler import Scheduler
+from mgpu_core.walk import walk as walk_those_concerned
 from tests.core.world import TOTAL_MIB, CalmWorld, World
 
 PROFILE = settings(
@@ -139,6 +142,29 @@ def test_in_calm_weather_memory_is_kept_overtaking_is_bounded_and_everybody_is_s
     core.end_all(limit_s=700)
     refused = {e.code for e in core.effects if isinstance(e, fx.Reject)}
     assert refused <= {"overloaded"}
+
+
+def look_at_everybody(d: Draft) -> None:
+    d.concerned = None
+    walk_those_concerned(d)
+
+
+@PROFILE
+@given(histories())
+def test_who_is_not_looked_at_could_not_have_moved_on(
+    history: tuple[World, list[Action]],
+) -> None:
+    core, actions = history
+    for action in actions:
+        core.act(*action)
+    state = core.scheduler.initial()
+    for event in core.past:
+        quick = core.scheduler.step(state, event)
+        with mock.patch("mgpu_core.walk.walk", look_at_everybody):
+            whole = core.scheduler.step(state, event)
+        assert quick.effects == whole.effects
+        assert evolve(quick.state, reasons={}) == evolve(whole.state, reasons={})
+        state = quick.state
 
 
 @PROFILE

@@ -1,20 +1,29 @@
-# Everything a newcomer needs: `make test`, `make run`, `make lint`, `make real`.
+# Everything a newcomer needs: `make demo`, `make test`, `make run`, `make lint`, `make real`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint run real clean
+.PHONY: help demo test lint run real picture clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(READY): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
+	$(PIP) pip
+	$(PIP) --editable .
+	touch $(INSTALLED)
+
+$(READY): $(INSTALLED)
+	$(PIP) --group dev
 	touch $(READY)
+
+demo: $(INSTALLED) ## the broker at work on a simulated card, then the same without it
+	$(BIN)/mgpu demo
 
 test: $(READY) lint ## lint, then every test that takes minutes, not hours
 	$(BIN)/pytest
@@ -25,11 +34,14 @@ lint: $(READY) ## ruff, mypy --strict and the arrow of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-run: $(READY) ## the broker in front of the services of config/consumers.yaml
+run: $(INSTALLED) ## the broker in front of the services of config/consumers.yaml
 	$(BIN)/mgpu serve --config config/consumers.yaml
 
 real: $(READY) ## the broker in front of real speech services, on this machine's processor
 	$(BIN)/python tests/real/run.py
+
+picture: $(INSTALLED) ## docs/demo.svg anew, from a demo
+	$(BIN)/python docs/draw_demo.py
 
 clean: ## what the other targets made
 	rm -rf $(VENV) .venv-real .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -150,17 +150,21 @@ class Broker:
     def leave(self, request: str) -> None:
         """The client has gone: out of the queue, or as `on_client_gone` says while it is served."""
         job = self._executor.get(request)
-        if job is not None:
+        if job is not None and not job.done.is_set():
             job.gone.set()
             self.post(lambda at: Cancel(at=at, request=request))
 
     def cancel(self, request: str) -> bool:
         """An operator ends the request, its client gets `cancelled`; False: there is none.
 
-        A load that an operator asked for is a request too, without a client.
+        A load that an operator asked for is a request too, without a client. Where the client has
+        its answer already, the job that the service still works at is cancelled.
         """
-        if self._executor.get(request) is None and request not in self.state.requests:
+        job = self._executor.get(request)
+        if job is None and request not in self.state.requests:
             return False
+        if job is not None:
+            job.revoked.set()
         self.post(lambda at: Cancel(at=at, request=request))
         return True
 

@@ -1,4 +1,4 @@
-"""One bounded HTTP call to a consumer, for probes, load and unload steps and ready checks.
+"""One bounded HTTP call to a consumer: probes, load and unload steps, questions about jobs.
 
 What goes wrong has a code of ours; nothing that an upstream says ever becomes part of one:
 
@@ -47,6 +47,7 @@ def control_session() -> aiohttp.ClientSession:
         connector=aiohttp.TCPConnector(force_close=True, limit=0),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
+        headers={"Accept-Encoding": "identity"},
     )
 
 
@@ -61,8 +62,11 @@ async def call(
     headers: Mapping[str, str] | None = None,
     body: bytes | str | None = None,
     read_bytes: int | None = None,
-) -> None:
-    """Call and discard the answer's body, `read_bytes` of it at most (None: to its end).
+    keep: bool = False,
+) -> bytes:
+    """Call and read the answer's body, `read_bytes` of it at most (None: to its end).
+
+    It is given where it is to be kept, else thrown away piece by piece.
 
     Raises CallError unless the status is one of `ok` (none given: any 2xx). Redirects are not
     followed: they would lead away from the configured service.
@@ -76,12 +80,13 @@ async def call(
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=timeout_s),
         ) as answer:
-            await _discard(answer.content, read_bytes)
+            content = await _read(answer.content, read_bytes, keep=keep)
             status = answer.status
     except (aiohttp.ClientError, TimeoutError) as error:
         raise CallError(_code(error)) from error
     if status not in ok if ok else not 200 <= status < 300:
         raise CallError(f"http_{status}")
+    return content
 
 
 async def check_health(
@@ -105,12 +110,15 @@ def _merged(base: Mapping[str, str], more: Mapping[str, str]) -> CIMultiDict[str
     return headers
 
 
-async def _discard(content: aiohttp.StreamReader, limit_bytes: int | None) -> None:
-    read = 0
+async def _read(content: aiohttp.StreamReader, limit_bytes: int | None, *, keep: bool) -> bytes:
+    read, kept = 0, bytearray()
     async for chunk in content.iter_any():
         read += len(chunk)
+        if keep:
+            kept += chunk
         if limit_bytes is not None and read >= limit_bytes:
-            return
+            break
+    return bytes(kept)
 
 
 def _code(error: Exception) -> str:

@@ -16,9 +16,11 @@ from mgpu_core import effects as fx
 from mgpu_core.events import Event, Outcome, ServeDone, SwapDone, Tick, UnloadDone
 from mgpu_effects.clock import Clock
 from mgpu_effects.errors import SHUTTING_DOWN, BrokerError, of_reject
-from mgpu_effects.jobs import Job
+from mgpu_effects.following import find_job
+from mgpu_effects.jobs import AnswerCopy, Job
 from mgpu_effects.proxy import serve
 from mgpu_effects.services import Services
+from mgpu_effects.settings import ConsumerSettings
 from mgpu_effects.watch import Watch
 
 Post: TypeAlias = Callable[[Callable[[int], Event]], None]
@@ -107,7 +109,8 @@ class Executor:
         error = _error("cancelled", "an operator cancelled it", job.consumer)
         if not job.decided:
             self.refuse(request, error)
-        elif not job.gone.is_set():  # for a client that has gone, the proxy sees to it
+        # For a client that has gone the proxy sees to it, for one that was answered who follows it.
+        elif not job.gone.is_set() and not job.done.is_set():
             self._end(request, error)
 
     def _end(self, request: str, error: BrokerError) -> None:
@@ -149,6 +152,8 @@ class Executor:
             done("disconnected")
             return
         job.granted = self._clock.now()
+        if self._services[job.consumer].job is not None:
+            job.copy = AnswerCopy()
         self._begin(job, done)
 
     def _begin(self, job: Job, done: Callable[[Outcome], None]) -> None:
@@ -163,17 +168,31 @@ class Executor:
                 self._finish(job)
             done("upstream_error" if _broke(task) else task.result())
 
-        self._serving[job.request] = self._supervise(self._proxy(job), ended)
+        work = self._work(job, self._services[job.consumer])
+        self._serving[job.request] = self._supervise(work, ended)
 
-    async def _proxy(self, job: Job) -> Outcome:
-        if job.gone.is_set():
-            return "disconnected"
+    async def _work(self, job: Job, consumer: ConsumerSettings) -> Outcome:
+        """Serve the client, then follow the job that its request became at the service."""
         try:
-            return await serve(job, self._session, self._services[job.consumer])
+            outcome = await self._proxy(job, consumer)
         except asyncio.CancelledError:
             # Its end is our doing, and this task's last work is to say so.
             await self._answer(job, self._ending[job.request])
             return "disconnected"
+        identity = find_job(job, consumer)
+        if identity is None:
+            return outcome
+        self._release(job)
+        try:
+            return await self._services.follow(consumer, job, identity)
+        except asyncio.CancelledError:
+            return "disconnected"  # the broker ends, the service works on
+
+    async def _proxy(self, job: Job, consumer: ConsumerSettings) -> Outcome:
+        if job.gone.is_set():
+            return "disconnected"
+        try:
+            return await serve(job, self._session, consumer)
         except Exception:  # noqa: BLE001 - whatever it is, it is an event
             await self._answer(job, self._defect(f"serving request {job.request}", job.consumer))
             return "upstream_error"
@@ -272,6 +291,10 @@ class Executor:
 
     def _finish(self, job: Job) -> None:
         self._jobs.pop(job.request, None)
+        self._release(job)
+
+    def _release(self, job: Job) -> None:
+        """Let its client go, which has all that it will get; a second time it changes nothing."""
         job.body.close()
         job.done.set()
 

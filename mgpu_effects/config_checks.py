@@ -235,6 +235,8 @@ def _check_effect(consumer: ConsumerSettings, here: Path) -> Findings:
     if consumer.preload and not (consumer.load or driver):
         text = "nothing can load it: there is no load and no driver"
         yield Finding((*here, "preload"), text, ((*here, "load"), *ways))
+    if consumer.job is not None and not consumer.paths:
+        yield Finding((*here, "job"), "it has no paths: no work to follow", ((*here, "paths"),))
     if consumer.idle_unload_s is None:
         return
     path = (*here, "idle_unload_s")

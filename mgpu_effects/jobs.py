@@ -10,6 +10,9 @@ from mgpu_effects.errors import BrokerError
 
 Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
 
+# The answer to a job that goes on at the service is short: it names the job.
+MAX_COPY_BYTES = 1 << 20
+
 
 class Body(Protocol):
     """A request's body, taken in whole before: in memory, or in a temporary file."""
@@ -47,8 +50,22 @@ class Responder(Protocol):
 
 
 @define(kw_only=True, eq=False)
+class AnswerCopy:
+    """What a service answered, read beside the client: its status, 0 without one, and its body.
+
+    Of a body that is too long there is too much by one byte, and nothing more.
+    """
+
+    status: int = 0
+    body: bytearray = field(factory=bytearray)
+
+    def add(self, chunk: bytes) -> None:
+        self.body += chunk[: MAX_COPY_BYTES + 1 - len(self.body)]
+
+
+@define(kw_only=True, eq=False)
 class Job:
-    """One request of one client, from its whole body to the end of its answer.
+    """One request of one client, from its whole body to the end of its work.
 
     The runtime owns it: whoever submits it only waits for `done` and says when the client `gone`.
     """
@@ -67,8 +84,11 @@ class Job:
     scheme: str = "http"
     host: str | None = None
     gone: asyncio.Event = field(factory=asyncio.Event)
-    done: asyncio.Event = field(factory=asyncio.Event)
+    # An operator wants its work ended, which may go on when the client has its answer.
+    revoked: asyncio.Event = field(factory=asyncio.Event)
+    done: asyncio.Event = field(factory=asyncio.Event)  # the client's part of it
     submitted: int = 0  # microseconds, as the events' `at`
     granted: int | None = None
     loading_us: int = 0  # how much of the wait was spent in a swap of its consumer
+    copy: AnswerCopy | None = None  # to be made where the work may go on after the answer
     decided: bool = False  # it is being served or refused: nothing else will answer its client

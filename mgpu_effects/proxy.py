@@ -150,10 +150,15 @@ class _Exchange:
             if upstream.status < 200:
                 raise ServerDisconnectedError("it switched protocols unasked")
             self.status = upstream.status
+            copy = self.job.copy
+            if copy is not None:
+                copy.status = upstream.status
             responder = self.job.responder
             headers = _response_headers(self.job, upstream)
             await self._send(responder.start, upstream.status, headers)
             while chunk := await self._next_chunk(upstream):
+                if copy is not None:
+                    copy.add(chunk)
                 await self._send(responder.write, chunk)
 
     async def _next_chunk(self, upstream: ClientResponse) -> bytes:
@@ -231,6 +236,8 @@ def _request_headers(job: Job, consumer: ConsumerSettings) -> CIMultiDict[str]:
         headers[hdrs.X_FORWARDED_FOR] = ", ".join(
             [*headers.popall(hdrs.X_FORWARDED_FOR, ()), job.client]
         )
+    if job.copy is not None:
+        headers[hdrs.ACCEPT_ENCODING] = "identity"  # the broker reads it too
     headers[hdrs.X_FORWARDED_PROTO] = job.scheme
     if job.host is not None:
         headers[hdrs.X_FORWARDED_HOST] = job.host

@@ -18,6 +18,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from mgpu_effects.shapes import (
     Constraint,
+    Explaining,
     Hint,
     Later,
     OneOrMany,
@@ -154,7 +155,8 @@ class Reader:
         elif value is None:
             value = self._full_form(node, base, path)
         if len(self.errors) == before and not _accepted(value, extras):
-            self.note(path, f"must be {describe(hint)}, not {_shown(node)}")
+            why = _problem(node, extras)
+            self.note(path, f"must be {describe(hint)}, not {_shown(node)}{why}")
             return INVALID
         return value
 
@@ -340,6 +342,13 @@ def _is_number(value: Any) -> bool:
 def _accepted(value: Any, extras: tuple[Any, ...]) -> bool:
     constraints = (extra for extra in extras if isinstance(extra, Constraint))
     return value is not INVALID and all(each.accepts(value) for each in constraints)
+
+
+def _problem(node: Node, extras: tuple[Any, ...]) -> str:
+    """Say what is wrong with the text that stands in the file, where a constraint knows."""
+    explaining = (extra for extra in extras if isinstance(extra, Explaining))
+    problems = [extra.problem(node.value) for extra in explaining if isinstance(node, ScalarNode)]
+    return f": {problems[0]}" if any(problems) else ""
 
 
 def _shown(node: Node) -> str:

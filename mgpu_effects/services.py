@@ -8,7 +8,10 @@ from aiohttp import ClientSession
 
 from mgpu_core.config import Config
 from mgpu_core.effects import How
+from mgpu_core.events import Outcome
 from mgpu_effects.drivers import Driver, make_driver
+from mgpu_effects.following import JobId, follow
+from mgpu_effects.jobs import Job
 from mgpu_effects.probes import ProbeFacts, probe
 from mgpu_effects.settings import ConsumerSettings, SchedulerSettings, Settings
 from mgpu_effects.steps import run_steps
@@ -85,6 +88,10 @@ class Services:
 
     async def probe(self, name: str, timeout_s: float) -> ProbeFacts:
         return await probe(self._session, self._consumers[name], timeout_s, self._drivers[name])
+
+    async def follow(self, consumer: ConsumerSettings, job: Job, identity: JobId) -> Outcome:
+        """Wait until a job is over; by the settings that its request was served with."""
+        return await follow(self._session, consumer, job, identity)
 
     async def close(self) -> None:
         """End every process that nobody else looks after."""

@@ -26,7 +26,9 @@ from mgpu_effects.values import (
     Address,
     Argument,
     AtLeastOne,
+    Condition,
     Count,
+    Expression,
     GpuIndex,
     GraceSeconds,
     HeaderName,
@@ -70,7 +72,7 @@ class WorkEndpoint(Endpoint):
 
 @frozen(kw_only=True)
 class Step:
-    """One HTTP call of a load or unload."""
+    """One HTTP call, as of a load or unload."""
 
     path: UrlPath = field(metadata=doc("path under the consumer's URL"))
     method: Method = field(default="POST", metadata=doc("HTTP method"))
@@ -84,6 +86,47 @@ class Step:
         default=(), metadata=doc("the statuses that count as success; empty: any 2xx")
     )
     timeout_s: Seconds = field(default=60, metadata=doc("how long the call may take"))
+
+
+@frozen(kw_only=True)
+class Question(Step):
+    """One HTTP call that asks about a job. Redirects are no answer, nor is what is no JSON."""
+
+    method: Method = field(default="GET", metadata=doc("HTTP method"))
+    timeout_s: Seconds = field(default=10, metadata=doc("how long the call may take"))
+    when: Condition = field(
+        metadata=doc(
+            "JMESPath in the JSON that it answers: yes, unless that is null, false or empty. {id}"
+            " stands for the job's id"
+        )
+    )
+
+
+@frozen(kw_only=True)
+class JobSettings:
+    """For a service that takes a job and answers at once: its work ends when the job is over."""
+
+    id: Expression = field(
+        metadata=doc("JMESPath of the job's id in the JSON that the service answers to work (2xx)")
+    )
+    over: Annotated[tuple[Question, ...], OneOrMany(), NotEmpty()] = field(
+        metadata=doc("the job is over when all of these, asked in this order, say yes")
+    )
+    failed: Question | None = field(
+        default=None,
+        metadata=doc("asked once it is over; yes, or no answer: the work counts as failed"),
+    )
+    cancel: Annotated[tuple[Step, ...], OneOrMany()] = field(
+        default=(),
+        metadata=doc(
+            "how to end the job, when an operator or the time-out does; {id} in a path or in a text"
+            " of a body stands for the job's id, here as in the questions"
+        ),
+    )
+    poll_s: Seconds = field(default=1, metadata=doc("between two rounds of questions"))
+    timeout_s: Seconds = field(
+        default=3600, metadata=doc("a job that is not over by then is cancelled and given up")
+    )
 
 
 @frozen(kw_only=True)
@@ -223,6 +266,12 @@ class ConsumerSettings:
         metadata=doc(
             "close: closing the call ends the work; drain: the service works on, so the answer is"
             " read to its end and thrown away before the next request"
+        ),
+    )
+    job: JobSettings | None = field(
+        default=None,
+        metadata=doc(
+            "how to follow its work, where it goes on after the answer; null: it does not"
         ),
     )
     timeout_s: Timeouts = field(factory=Timeouts, metadata=doc("limits on one request"))
@@ -406,7 +455,6 @@ LATER_KEYS: Mapping[type, tuple[str, ...]] = {
     ConsumerSettings: (
         "busy",
         "front",
-        "job",
         "models",
         "passive",
         "preset",

@@ -48,6 +48,14 @@ class Constraint(Protocol):
         """The same in JSON Schema's keywords."""
 
 
+@runtime_checkable
+class Explaining(Constraint, Protocol):
+    """A constraint that knows more than that a value is not allowed."""
+
+    def problem(self, text: str) -> str:
+        """Say what is wrong with the text; empty: nothing."""
+
+
 @frozen
 class Between:
     """A finite number, both ends included."""

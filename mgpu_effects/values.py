@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+from mgpu_effects.expressions import JmesPath
 from mgpu_effects.shapes import Between, Matching, OneOf
 
 PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
@@ -40,6 +41,9 @@ Origin = Annotated[
 Address = Annotated[
     str, Matching(f"{HOST}:{PORT}", "an address such as 127.0.0.1:8770 or [::1]:8770")
 ]
+# What to find in an answer; and what must be so in it, where {id} is the id of a job.
+Expression = Annotated[str, JmesPath()]
+Condition = Annotated[str, JmesPath(("id",))]
 HeaderName = Annotated[str, Matching(r"[0-9A-Za-z!#$%&'*+.^_`|~-]+", "the name of a header")]
 HeaderValue = Annotated[str, Matching(r"[^\r\n\0]*", "text in one line")]
 VariableName = Annotated[str, Matching(r"[^=\0]+", "the name of a variable")]

@@ -113,6 +113,7 @@ CONSUMERS = [
         "idle_unload_s",
         "with vram_managed it is never unloaded",
     ),
+    ("job: {id: a, over: {path: /q, when: b}}", "job", "it has no paths"),
     ("url: http://300.0.0.1/", "url", "300.0.0.1 is no IP address"),
     ("url: 'http://[::g]/'", "url", "an http or https URL"),
 ]

@@ -238,13 +238,20 @@ WRONG_KEYS = [
     ("preset: ollama", "consumers.a.preset", "not supported by this version"),
     ("models: [x]", "consumers.a.models", "not supported by this version"),
     ("passive: [/ws]", "consumers.a.passive", "not supported by this version"),
-    ("job: {}", "consumers.a.job", "not supported by this version"),
     ("front: 1234", "consumers.a.front", "not supported by this version"),
     ("residency: nvml", "consumers.a.residency", "not supported by this version"),
     ("busy: {}", "consumers.a.busy", "not supported by this version"),
     ("wait_comments_s: 5", "consumers.a.wait_comments_s", "not supported by this version"),
     ("on_client_gone: job", "consumers.a.on_client_gone", "job is not supported by this version"),
     ("on_client_gone: wait", "consumers.a.on_client_gone", "close or drain"),
+    ("job: {id: a}", "consumers.a.job", "over is missing"),
+    ("job: {id: 'a b', over: {path: /q, when: x}}", "consumers.a.job.id", "at character 3"),
+    ("job: {id: '{id}', over: {path: /q, when: x}}", "consumers.a.job.id", "JMESPath"),
+    (
+        "job: {id: a, over: [{path: /q, when: 'lenght(@)'}]}",
+        "consumers.a.job.over[0].when",
+        "must be a JMESPath expression, not 'lenght(@)': there is no function lenght",
+    ),
     ("cwd: 1", "consumers.a.cwd", "unknown key"),
     ("priority: 1, priority: 2", "consumers.a.priority", "given twice, first in line 1"),
     ("headers: {A: '${env:NOPE}'}", "consumers.a.headers.A", "no variable 'NOPE'"),
@@ -252,6 +259,14 @@ WRONG_KEYS = [
     ("? [x] : y", "consumers.a", "a key must be one word"),
     ("<<: 5", "consumers.a", "<< must name other mappings"),
 ]
+
+
+def test_what_is_wrong_with_an_expression_never_shows_what_came_from_the_environment(errors_of):
+    job = "{id: a, over: {path: /q, when: '${env:SECRET}'}}"
+    (error,) = errors_of(f"consumers: {{a: {{url: '{URL}', job: {job}}}}}", SECRET="hidden(x)")
+    assert (error.line, error.column) == (1, 83)
+    assert "hidden" not in error.message
+    assert "${env:SECRET}" in error.message
 
 
 @pytest.mark.parametrize(("keys", "key", "words"), WRONG_KEYS)

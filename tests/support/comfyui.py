@@ -1,0 +1,125 @@
+"""A stand-in for ComfyUI, in this process: it takes a prompt, answers, and works until it is told.
+
+    async with comfyui() as service:
+        ...                               # a client posts a prompt, and is answered at once
+        service.end(service.running[0])   # now the work is over, and the next one begins
+
+It behaves as recorded: one prompt at a time; what is over, in /history; `delete` acts on what
+waits, `interrupt` on what runs; both answer 200 whatever they find.
+"""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from ruamel.yaml import YAML
+
+from tests.support.gpu_service import NO_PROMPT
+
+CONFIG = Path(__file__).parents[2] / "config" / "consumers.yaml"
+
+
+@dataclass
+class ComfyUI:
+    runner: web.AppRunner
+    url: str = ""
+    running: list[str] = field(default_factory=list)
+    pending: list[str] = field(default_factory=list)
+    history: dict[str, Any] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)  # but probes: method and path
+    bodies: list[Any] = field(default_factory=list)  # of the POSTs among them
+    headers: dict[str, str] = field(default_factory=dict)  # of the last prompt
+    # To answer in place of what it would, by path.
+    instead: dict[str, web.Response] = field(default_factory=dict)
+    hold: asyncio.Event | None = None  # to wait for before a prompt is answered
+    hold_all: asyncio.Event | None = None  # the same for anything
+
+    def end(self, prompt_id: str, status: str = "success") -> None:
+        """Let what runs be over; the next one begins at once."""
+        self.running.remove(prompt_id)
+        self.history[prompt_id] = {
+            "outputs": {},
+            "status": {"status_str": status, "completed": status == "success", "messages": []},
+        }
+        self._begin()
+
+    def times(self, call: str) -> int:
+        return self.calls.count(call)
+
+    async def die(self) -> None:
+        """From now on its port refuses connections."""
+        await self.runner.cleanup()
+
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        """Give what config/consumers.yaml says of it, with its rounds of questions close by."""
+        comfyui: dict[str, Any] = YAML(typ="safe").load(CONFIG)["consumers"]["comfyui"]
+        job = {**comfyui["job"], "poll_s": 0.02, **changes.pop("job", {})}
+        return {**comfyui, "url": self.url, "job": job, **changes}
+
+    def _begin(self) -> None:
+        if self.pending and not self.running:
+            self.running.append(self.pending.pop(0))
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/system_stats":
+            return web.json_response({})
+        self.calls.append(f"{request.method} {request.path}")
+        body = await request.json() if request.can_read_body else {}
+        if request.method == "POST":
+            self.bodies.append(body)
+        answer = await self._act(request, body)
+        if self.hold_all is not None:
+            await self.hold_all.wait()
+        instead = self.instead.get(request.path)
+        if instead is None:
+            return answer
+        return web.Response(status=instead.status, body=instead.body, headers=instead.headers)
+
+    async def _act(self, request: web.Request, body: Any) -> web.Response:
+        match request.method, request.path:
+            case "POST", "/prompt":
+                return await self._prompt(request, body)
+            case "POST", "/queue":
+                self.pending = [each for each in self.pending if each not in body["delete"]]
+            case "POST", "/interrupt" if body["prompt_id"] in self.running:
+                self.end(body["prompt_id"], "error")
+            case "GET", "/queue":
+                queue = {"queue_running": self.running, "queue_pending": self.pending}
+                rows = {key: [[0, each, {}, {}, []] for each in ids] for key, ids in queue.items()}
+                return web.json_response(rows)
+            case "GET", path if path.startswith("/history/"):
+                wanted = request.match_info["rest"].removeprefix("history/")
+                found = {wanted: self.history[wanted]} if wanted in self.history else {}
+                return web.json_response(found)
+        return web.Response()
+
+    async def _prompt(self, request: web.Request, body: Any) -> web.Response:
+        if not body.get("prompt"):
+            return web.json_response(NO_PROMPT, status=400)
+        self.headers = dict(request.headers)
+        prompt_id = body.get("prompt_id", str(uuid.uuid4()))
+        self.pending.append(prompt_id)
+        self._begin()
+        if self.hold is not None:
+            await self.hold.wait()
+        return web.json_response({"prompt_id": prompt_id, "number": 0, "node_errors": {}})
+
+
+@contextlib.asynccontextmanager
+async def comfyui() -> AsyncIterator[ComfyUI]:
+    application = web.Application()
+    service = ComfyUI(web.AppRunner(application, shutdown_timeout=0))
+    application.router.add_route("*", "/{rest:.*}", service.answer)
+    await service.runner.setup()
+    site = web.TCPSite(service.runner, "127.0.0.1", 0)
+    await site.start()
+    service.url = f"http://127.0.0.1:{service.runner.addresses[0][1]}"
+    try:
+        yield service
+    finally:
+        await service.die()

@@ -9,8 +9,9 @@ DIR/card.json      what the sampler `simulated` reads, and `held`: MiB by name
 DIR/journal.jsonl  a line per happening: `{"at": monotonic seconds, "service", "what", "mib"}`
 
 What happens: `load`, `unload` (told to, or stopped), `evict` (made place by itself), `expire` (held
-long enough without use), `load_failed`, as a service says; `out_of_memory` and `crash` (it went
-without a word) by the card itself.
+long enough without use), `load_failed`, as a service says, with the size of the model (0: it is not
+on the card); `out_of_memory`, with what was refused, and `crash`, with what was held by a process
+that went without a word, as the card sees.
 
 The protocol is a JSON object per line and one in answer, which always has `free_mib`; an `error` in
 it is a refusal.
@@ -76,6 +77,10 @@ class CardConnection:
     async def leave(self) -> None:
         """Give everything back and go: without this it is a crash."""
         await self._ask(do="leave")
+        self.close()
+
+    def close(self) -> None:
+        """Go without a word."""
         self._writer.close()
 
     async def _ask(self, **request: Any) -> Mapping[str, Any]:

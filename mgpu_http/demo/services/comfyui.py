@@ -44,6 +44,10 @@ class PromptError(Exception):
         self.response = web.json_response({"error": error, "node_errors": {}}, status=400)
 
 
+class JobError(Exception):
+    """A job failed, for a reason of its own."""
+
+
 class Interrupted(Exception):  # noqa: N818 - no error
     """Somebody did not want the job any more."""
 
@@ -141,7 +145,7 @@ class ComfyUI(Service):
             number = -number
         prompt_id = said.get("prompt_id")
         if prompt_id is None:
-            prompt_id = str(uuid.UUID(int=self.chance.getrandbits(128), version=4))
+            prompt_id = str(uuid.uuid4())
         elif not is_canonical_uuid(prompt_id):
             raise PromptError("invalid_prompt_id", "prompt_id must be a valid UUID")
         extra_data = dict(said.get("extra_data", {}))
@@ -202,8 +206,8 @@ class ComfyUI(Service):
             messages.append(message("execution_success", item))
         except Interrupted:
             messages.append(message("execution_interrupted", item, **node(item), executed=[]))
-        except ArithmeticError as error:
-            told = {"exception_type": type(error).__name__, "exception_message": str(error)}
+        except JobError as error:
+            told = {"exception_type": "RuntimeError", "exception_message": str(error)}
             messages.append(message("execution_error", item, **node(item), **told, traceback=[]))
         self._remember(item, made, messages)
         self._running = None
@@ -217,7 +221,7 @@ class ComfyUI(Service):
         await self.card.say("load", MODELS_MIB)
 
     async def _make_picture(self, item: Item) -> Json:
-        """Give the outputs. Raises Interrupted, and ArithmeticError now and then."""
+        """Give the outputs. Raises Interrupted, and JobError now and then."""
         ends_at = time.monotonic() + self.chance.uniform(*WORK_S)
         fails = self.happens(JOB_FAILURE_RATE)
         while time.monotonic() < ends_at:
@@ -225,7 +229,7 @@ class ComfyUI(Service):
             if self._interrupted:
                 raise Interrupted
         if fails:
-            raise ArithmeticError("the picture came out all black")
+            raise JobError("the picture came out all black")
         name = f"ComfyUI_{self._accepted:05}_.png"
         image = {"filename": name, "subfolder": "", "type": "output"}
         return {node_id: {"images": [image]} for node_id in item[4]}

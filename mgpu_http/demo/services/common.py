@@ -124,5 +124,6 @@ async def content_of(request: web.Request, *, raw: bool = True) -> bytes:
     except (ValueError, AssertionError):  # not what its Content-Type says
         return b""
     if isinstance(part, web.FileField):
-        return part.file.read()
+        with part.file as file:
+            return file.read()
     return part.encode() if isinstance(part, str) else bytes(part or b"")

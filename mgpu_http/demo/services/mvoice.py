@@ -94,7 +94,7 @@ class MVoice(Service):
             return result()
 
     def _sound(self, sound: bytes) -> web.Response:
-        name = f"{uuid.UUID(int=self.chance.getrandbits(128))}.wav"
+        name = f"{uuid.uuid4()}.wav"
         self._sounds[name] = sound
         if len(self._sounds) > MAX_SOUNDS:
             del self._sounds[next(iter(self._sounds))]

@@ -15,7 +15,7 @@ from mgpu_http.demo.card import CardConnection, OutOfMemory
 MAX_BODY_BYTES = 64 * 2**20
 MAX_REQUESTS = 128  # at once, in one service
 LOAD_STEPS = 8  # a loader takes its memory piece by piece, so that two at once collide half-way
-FINISH_S = 30.0  # for the requests at work when a service that finishes them is stopped
+FINISH_S = 30.0  # for requests at work when a service that finishes them is stopped
 OUT_OF_MEMORY_EXIT = 137
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

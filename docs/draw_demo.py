@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mgpu_http.demo.host import Place
-from mgpu_http.demo.report import Half, comparison
+from mgpu_http.demo.report import Half
 from mgpu_http.demo.run import Demo
 from mgpu_http.demo.screen import Snapshot, plain, render
 
@@ -34,7 +34,7 @@ def picture(snapshot: Snapshot, demo: Demo) -> str:
     """Give an SVG that needs nothing from elsewhere."""
     console = Console(record=True, file=io.StringIO(), width=WIDTH, color_system="truecolor")
     console.print(render(snapshot, WIDTH), Text())
-    console.print(comparison(*(demo.books[half].tally() for half in Half)), justify="center")
+    console.print(demo.comparison(), justify="center")
     title = f"mgpu demo --seed {demo.seed}: {snapshot.elapsed_s:.0f} s after its beginning"
     svg = console.export_svg(title=title, unique_id="demo")
     svg = re.sub(r"@font-face \{.*?\}|<!--.*?-->", "", svg, flags=re.DOTALL)

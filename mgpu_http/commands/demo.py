@@ -16,7 +16,7 @@ from rich.live import Live
 
 from mgpu_http.commands.output import DONE, USAGE, CommandError, document, message
 from mgpu_http.demo.host import DemoError, Place, default_place
-from mgpu_http.demo.report import Half, Tally, comparison, longest_waiting
+from mgpu_http.demo.report import Half, longest_waiting
 from mgpu_http.demo.run import Demo, Watch
 from mgpu_http.demo.screen import Snapshot, plain, render
 
@@ -39,18 +39,12 @@ def demo(arguments: Namespace) -> int:
             finished = asyncio.run(_interruptible(running))
     except DemoError as error:
         raise CommandError(str(error)) from error
-    tallies = {half: _tally(running, half) for half in Half}
     if arguments.json:
-        document({half: asdict(tally) for half, tally in tallies.items()})
+        document({half: asdict(tally) for half, tally in running.tallies().items()})
     else:
-        console.print(comparison(tallies[Half.WITH], tallies[Half.WITHOUT]))
+        console.print(running.comparison())
         console.print(_afterwards(running), soft_wrap=True, highlight=False)
     return DONE if finished else INTERRUPTED
-
-
-def _tally(running: Demo, half: Half) -> Tally:
-    """Nothing of a half that was not begun."""
-    return running.books[half].tally() if half in running.books else Tally()
 
 
 async def _interruptible(running: Demo) -> bool:

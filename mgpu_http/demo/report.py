@@ -97,31 +97,41 @@ def longest_waiting(outcomes: Iterable[Outcome]) -> Outcome | None:
     return max(known, key=lambda one: one.waited_s, default=None)
 
 
-def comparison(with_broker: Tally, without: Tally) -> Table:
-    """Draw both halves side by side."""
+def comparison(halves: Mapping[Half, tuple[Tally, Sequence[Outcome]]]) -> Table:
+    """Draw the halves side by side; of each its tally, and what that was made of."""
     table = Table(title="the same arrivals, the same services, the same card", title_style="bold")
     table.add_column("")
-    table.add_column("with mgpu", justify="right")
-    table.add_column("without", justify="right")
-    both = (with_broker, without)
-    table.add_row("requests", *(_count(one.requests) for one in both))
-    for name in dict.fromkeys([OK, *with_broker.outcomes, *without.outcomes]):
-        table.add_row(f"  {name}", *(_count(one.outcomes.get(name, 0)) for one in both))
+    for half in halves:
+        table.add_column(half.label, justify="right")
+    tallies = [tally for tally, _ in halves.values()]
+    ends = [_by_kind(outcomes) for _, outcomes in halves.values()]
+    table.add_row("requests", *(_count(one.requests) for one in tallies))
+    for name in dict.fromkeys([OK, *(name for one in tallies for name in one.outcomes)]):
+        table.add_row(f"  {name}", *(_count(one.outcomes.get(name, 0)) for one in tallies))
     table.add_section()
-    table.add_row("mean wait until answered", *(_seconds(one.mean_wait_ms) for one in both))
-    table.add_row("95 % were answered within", *(_seconds(one.p95_wait_ms) for one in both))
+    for kind in sorted({kind for one in ends for kind in one}):
+        answered = (one.get(kind, Counter()) for one in ends)
+        table.add_row(f"{kind}, ok", *(f"{one[OK]} of {one.total()}" for one in answered))
     table.add_section()
-    table.add_row("loads", *(_count(one.loads) for one in both))
-    table.add_row("evictions", *(_count(one.evictions) for one in both))
-    table.add_row(
-        "out-of-memory crashes",
-        *(
-            Text(_count(one.out_of_memory), "bold red" if one.out_of_memory else "bold green")
-            for one in both
-        ),
-    )
+    table.add_row("mean wait until answered", *(_seconds(one.mean_wait_ms) for one in tallies))
+    table.add_row("95 % were answered within", *(_seconds(one.p95_wait_ms) for one in tallies))
+    table.add_section()
+    table.add_row("loads", *(_count(one.loads) for one in tallies))
+    table.add_row("evictions", *(_count(one.evictions) for one in tallies))
+    table.add_row("out-of-memory crashes", *(_crashes(one.out_of_memory) for one in tallies))
     table.caption = "waits: from arrival to the whole answer, of the requests that ended ok"
     return table
+
+
+def _by_kind(outcomes: Iterable[Outcome]) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for one in outcomes:
+        found.setdefault(one.kind, Counter())[one.outcome] += 1
+    return found
+
+
+def _crashes(number: int) -> Text:
+    return Text(str(number), "bold red" if number else "bold green")
 
 
 def _count(number: int) -> str:

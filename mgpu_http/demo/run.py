@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import aiohttp
 from attrs import define, evolve, field, frozen
+from rich.table import Table
 
 from mgpu_effects.config_file import load_settings
 from mgpu_effects.settings import Settings
@@ -24,6 +25,7 @@ from mgpu_http.demo.report import (
     Happening,
     Outcome,
     Tally,
+    comparison,
     tally,
 )
 from mgpu_http.demo.screen import (
@@ -42,6 +44,7 @@ STATUS_TIMEOUT_S = 2.0
 HEALTHY_S = 20.0
 GAVE_UP = "gave_up"
 INTERRUPTED = "interrupted"
+JOURNAL = "journal.jsonl"
 
 Watch: TypeAlias = Callable[[Snapshot], None]
 
@@ -182,7 +185,9 @@ class Scene:
 
 @define(eq=False)
 class Demo:
-    """One run. The books fill while it goes on, so that an interrupted one can be told of too."""
+    """One run. The books fill while it goes on, so that an interrupted one can be told of too;
+    there is none of a half that was not begun.
+    """
 
     place: Place
     seconds: float
@@ -190,14 +195,24 @@ class Demo:
     watch: Watch
     books: dict[Half, Book] = field(init=False, factory=dict)
 
+    def tallies(self) -> dict[Half, Tally]:
+        return {half: self._book(half).tally() for half in Half}
+
+    def comparison(self) -> Table:
+        return comparison(
+            {half: (tally, self._book(half).outcomes) for half, tally in self.tallies().items()}
+        )
+
+    def _book(self, half: Half) -> Book:
+        return self.books.get(half) or Book(Journal(self.place.half(half) / JOURNAL), {})
+
     async def run(self) -> None:
         """Raises DemoError where it can't go on."""
         write_config(self.place, self.seed)
         settings = load_settings(self.place.config)
         coming = arrivals(self.seed, self.seconds)
         for half in Half:
-            journal = Journal(self.place.half(half) / "journal.jsonl")
-            self.books[half] = Book(journal, settings.routing)
+            self.books[half] = Book(Journal(self.place.half(half) / JOURNAL), settings.routing)
             async with (
                 world(self.place, settings, half, self.seed) as here,
                 client_session() as session,

@@ -7,9 +7,9 @@ from attrs import asdict
 from rich.console import Console
 
 from mgpu_http.demo.report import (
+    Half,
     Happening,
     Outcome,
-    Tally,
     comparison,
     longest_waiting,
     percentile,
@@ -76,18 +76,27 @@ def test_who_waited_longest_has_an_id() -> None:
 
 def test_both_halves_are_in_the_table() -> None:
     console = Console(file=io.StringIO(), width=80)
-    better = Tally(requests=3, outcomes={"ok": 3}, mean_wait_ms=1500, p95_wait_ms=2000)
-    worse = Tally(requests=3, outcomes={"ok": 1, "job_lost": 2}, out_of_memory=4)
-    console.print(comparison(better, worse))
+    better = [outcome(waited_s=1), outcome(waited_s=2)]
+    worse = [outcome("job_lost"), outcome("job_lost")]
+    console.print(
+        comparison(
+            {
+                Half.WITH: (tally(better, []), better),
+                Half.WITHOUT: (tally(worse, [happening("out_of_memory")] * 4), worse),
+            }
+        )
+    )
     assert isinstance(console.file, io.StringIO)
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]]
         for line in console.file.getvalue().splitlines()
     ]
-    assert ["ok", "3", "1"] in rows
+    assert ["requests", "2", "2"] in rows
+    assert ["ok", "2", "-"] in rows
     assert ["job_lost", "-", "2"] in rows
+    assert ["llm, ok", "2 of 2", "0 of 2"] in rows
     assert ["mean wait until answered", "1.5 s", "-"] in rows
-    assert ["out-of-memory crashes", "-", "4"] in rows
+    assert ["out-of-memory crashes", "0", "4"] in rows
 
 
 def test_a_journal_is_read_line_by_line(tmp_path: Path) -> None:

@@ -43,16 +43,20 @@ def demo(arguments: Namespace) -> int:
         document({half: asdict(tally) for half, tally in running.tallies().items()})
     else:
         console.print(running.comparison())
-        console.print(_afterwards(running), soft_wrap=True, highlight=False)
+        console.print(_afterwards(running, arguments.dir), soft_wrap=True, highlight=False)
     return DONE if finished else INTERRUPTED
 
 
 async def _interruptible(running: Demo) -> bool:
     """Run it; False where a signal ended it before its time, with everything taken down."""
     task = asyncio.create_task(running.run())
-    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        if not task.cancelling():  # a second Ctrl-C must not end the taking down
+            task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, task.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, stop)
     await asyncio.wait((task,))
     if task.cancelled():
         return False
@@ -82,15 +86,17 @@ class LineByLine:
             message(plain(snapshot))
 
 
-def _afterwards(running: Demo) -> str:
+def _afterwards(running: Demo, directory: str | None) -> str:
     """Say where the event log is, how to look at it, and how to see the same again."""
     book = running.books.get(Half.WITH)
     longest = longest_waiting(book.outcomes) if book else None
     request = longest.request if longest else "ID"
     events = shlex.quote(str(running.place.events))
+    again = f"mgpu demo --seconds {running.seconds:g} --seed {running.seed}"
+    if directory:
+        again += f" --dir {shlex.quote(directory)}"
     return (
-        f"the event log:                     {events}\n"
-        f"in it, who waited longest:         grep '\"{request}\"' {events}/*.jsonl\n"
-        f"the same once more:                mgpu demo"
-        f" --seconds {running.seconds:g} --seed {running.seed}"
+        f"the event log:              {events}\n"
+        f"in it, who waited longest:  grep '\"{request}\"' {events}/*.jsonl\n"
+        f"the same once more:         {again}"
     )

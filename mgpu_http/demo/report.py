@@ -104,17 +104,16 @@ def comparison(halves: Mapping[Half, tuple[Tally, Sequence[Outcome]]]) -> Table:
     for half in halves:
         table.add_column(half.label, justify="right")
     tallies = [tally for tally, _ in halves.values()]
-    ends = [_by_kind(outcomes) for _, outcomes in halves.values()]
+    kinds = [_by_kind(outcomes) for _, outcomes in halves.values()]
     table.add_row("requests", *(_count(one.requests) for one in tallies))
     for name in dict.fromkeys([OK, *(name for one in tallies for name in one.outcomes)]):
         table.add_row(f"  {name}", *(_count(one.outcomes.get(name, 0)) for one in tallies))
     table.add_section()
-    for kind in sorted({kind for one in ends for kind in one}):
-        answered = (one.get(kind, Counter()) for one in ends)
-        table.add_row(f"{kind}, ok", *(f"{one[OK]} of {one.total()}" for one in answered))
+    for kind in sorted({kind for one in kinds for kind in one}):
+        table.add_row(f"{kind}: ok, mean wait", *(_answered(one.get(kind, ())) for one in kinds))
     table.add_section()
-    table.add_row("mean wait until answered", *(_seconds(one.mean_wait_ms) for one in tallies))
-    table.add_row("95 % were answered within", *(_seconds(one.p95_wait_ms) for one in tallies))
+    table.add_row("all: mean wait", *(_seconds(one.mean_wait_ms) for one in tallies))
+    table.add_row("95 % waited at most", *(_seconds(one.p95_wait_ms) for one in tallies))
     table.add_section()
     table.add_row("loads", *(_count(one.loads) for one in tallies))
     table.add_row("evictions", *(_count(one.evictions) for one in tallies))
@@ -123,11 +122,16 @@ def comparison(halves: Mapping[Half, tuple[Tally, Sequence[Outcome]]]) -> Table:
     return table
 
 
-def _by_kind(outcomes: Iterable[Outcome]) -> dict[str, Counter[str]]:
-    found: dict[str, Counter[str]] = {}
+def _by_kind(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    found: dict[str, list[Outcome]] = {}
     for one in outcomes:
-        found.setdefault(one.kind, Counter())[one.outcome] += 1
+        found.setdefault(one.kind, []).append(one)
     return found
+
+
+def _answered(outcomes: Sequence[Outcome]) -> str:
+    told = tally(outcomes, ())
+    return f"{told.outcomes.get(OK, 0)} of {told.requests}, {_seconds(told.mean_wait_ms):>6}"
 
 
 def _crashes(number: int) -> Text:

@@ -39,15 +39,15 @@ class Habit:
 HABITS = (
     Habit(
         name="assistant",
-        every_s=8,
+        every_s=10,
         steps=(("stt", 0.0), ("llm", 0.8), ("tts", 1.8)),
         patience_s=15,
     ),
-    Habit(name="chat", every_s=8, steps=(("llm", 0.0),), patience_s=20),
-    Habit(name="picture", every_s=16, steps=(("image", 0.0),), patience_s=45),
-    Habit(name="recordings", every_s=40, steps=(("stt", 0.0),), patience_s=45, times=(6, 10)),
+    Habit(name="chat", every_s=9, steps=(("llm", 0.0),), patience_s=20),
+    Habit(name="picture", every_s=20, steps=(("image", 0.0),), patience_s=45),
+    Habit(name="recordings", every_s=50, steps=(("stt", 0.0),), patience_s=45, times=(6, 10)),
     Habit(name="pictures", every_s=50, steps=(("image", 0.0),), patience_s=60, times=(4, 6)),
-    Habit(name="chats", every_s=40, steps=(("llm", 0.0),), patience_s=45, times=(3, 5)),
+    Habit(name="chats", every_s=50, steps=(("llm", 0.0),), patience_s=45, times=(3, 5)),
 )
 
 

@@ -25,8 +25,8 @@ FONT = "ui-monospace, Menlo, Consolas, monospace"
 
 
 def liveliness(snapshot: Snapshot) -> tuple[int, int]:
-    """Say how much there is to see: who holds memory, and for how many reasons somebody waits."""
-    reasons = {(one.service, one.why) for one in snapshot.queue}
+    """Say how much there is to see: for how many reasons somebody waits, and who holds memory."""
+    reasons = {one.why for one in snapshot.queue}
     return len(reasons), sum(mib > 0 for mib in snapshot.held.values())
 
 

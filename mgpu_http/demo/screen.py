@@ -48,7 +48,7 @@ WHY = {
     "unfit": "has its memory, and can't be evicted: {who}",
     "cooldown": "did not go when told to: {who}",
     "promoted_ahead": "first, one that was overtaken too often",
-    "no_overlap": "nothing loads beside the work of {who}",
+    "no_overlap": "loads and work take turns: {who}",
 }
 WHY_NOBODY = {"swap": "it is being loaded", "unfit": "somebody else has its memory"}
 
@@ -172,9 +172,7 @@ def card_bar(snapshot: Snapshot, width: int) -> Text:
 
 
 def _legend(snapshot: Snapshot) -> Text:
-    shown = [*snapshot.held.items(), (FREE, snapshot.free_mib)]
-    text = ", ".join(f"{name} {mib:,}" for name, mib in shown if mib)
-    return Text(f"{text} of {snapshot.total_mib:,} MiB", "dim", overflow="ellipsis", no_wrap=True)
+    return Text(f"{snapshot.free_mib:,} of {snapshot.total_mib:,} MiB are free", "dim")
 
 
 STATES = {"resident": "green", "loading": "yellow", "unloading": "yellow", "down": "bold red"}

@@ -55,7 +55,7 @@ def test_it_fits_and_shows_everything(width: int) -> None:
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     for shown in (
-        *("with mgpu", "12 s, 18 s to go", "free 271 of 16,384 MiB", "2,345", "13,000"),
+        *("with mgpu", "12 s, 18 s to go", "271 of 16,384 MiB are free", "2,345", "13,000"),
         *("mvoice", "whisper-server", "ollama", "comfyui", "resident", "absent", "unloading"),
         *("3.2 s", why_words(VICTIMS), "and 4 more", "loaded (2,345 MiB)", "OUT OF MEMORY"),
     ):

@@ -25,9 +25,9 @@ FONT = "ui-monospace, Menlo, Consolas, monospace"
 
 
 def liveliness(snapshot: Snapshot) -> tuple[int, int]:
-    """Say how much there is to see: for how many reasons somebody waits, and who holds memory."""
+    """Say how much there is to see: the reasons why somebody waits, and what the card holds."""
     reasons = {one.why for one in snapshot.queue}
-    return len(reasons), sum(mib > 0 for mib in snapshot.held.values())
+    return len(reasons), sum(snapshot.held.values())
 
 
 def picture(snapshot: Snapshot, demo: Demo) -> str:

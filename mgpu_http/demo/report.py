@@ -118,7 +118,7 @@ def comparison(halves: Mapping[Half, tuple[Tally, Sequence[Outcome]]]) -> Table:
     table.add_row("loads", *(_count(one.loads) for one in tallies))
     table.add_row("evictions", *(_count(one.evictions) for one in tallies))
     table.add_row("out-of-memory crashes", *(_crashes(one.out_of_memory) for one in tallies))
-    table.caption = "waits: from arrival to the whole answer, of the requests that ended ok"
+    table.caption = "waits: until the whole answer, where it was ok"
     return table
 
 

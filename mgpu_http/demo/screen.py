@@ -16,13 +16,13 @@ FREE = "free"
 DESKTOP = "desktop"
 COLOURS = {
     DESKTOP: "white on grey37",
-    "mvoice": "black on dark_cyan",
-    "whisper-server": "black on gold3",
-    "ollama": "black on green4",
-    "comfyui": "white on dark_magenta",
+    "mvoice": "#101010 on #4fc3b0",
+    "whisper-server": "#101010 on #e0b040",
+    "ollama": "#101010 on #7cbf5a",
+    "comfyui": "#101010 on #c792ea",
     FREE: "grey70 on grey15",
 }
-UNKNOWN_COLOUR = "black on grey66"
+UNKNOWN_COLOUR = "#101010 on #a8a8a8"
 HAPPENED = {
     "load": "loaded",
     "unload": "unloaded, told to",
@@ -199,12 +199,16 @@ def _services(services: Sequence[ServiceView]) -> Table:
 
 
 def _queue(queue: Sequence[Waiting]) -> Table:
+    """A row for each; where they are too many, one for all that wait at a service for a reason."""
+    alike: dict[object, list[Waiting]] = {}
+    for place, one in enumerate(queue):
+        key = (one.service, one.why) if len(queue) > QUEUE_ROWS else place
+        alike.setdefault(key, []).append(one)
     table = _lines()
-    shown = queue if len(queue) <= QUEUE_ROWS else queue[: QUEUE_ROWS - 1]
-    for one in shown:
-        table.add_row(f"{one.waited_s:6.1f} s", one.service, one.why)
-    if len(shown) < len(queue):
-        table.add_row("", "", Text(f"and {len(queue) - len(shown)} more", "dim"))
+    for ones in list(alike.values())[:QUEUE_ROWS]:
+        oldest_s = max(one.waited_s for one in ones)
+        times = f" x{len(ones)}" if len(ones) > 1 else ""
+        table.add_row(f"{oldest_s:6.1f} s", ones[0].service + times, ones[0].why)
     return _filled(table, QUEUE_ROWS)
 
 
@@ -213,7 +217,7 @@ def _happenings(happenings: Sequence[Happening]) -> Table:
     for one in happenings[-HAPPENING_ROWS:]:
         words = HAPPENED.get(one.what, one.what) + (f" ({one.mib:,} MiB)" if one.mib else "")
         bad = "bold red" if one.what in BAD else ""
-        table.add_row(f"{one.at:6.1f} s", Text(one.service, bad), Text(words, bad))
+        table.add_row(f"{max(0.0, one.at):6.1f} s", Text(one.service, bad), Text(words, bad))
     return _filled(table, HAPPENING_ROWS)
 
 

@@ -1,11 +1,13 @@
 import io
 
 import pytest
+from attrs import evolve
 from rich.console import Console
 
 from mgpu_core.notes import Why
 from mgpu_http.demo.report import Half, Happening
 from mgpu_http.demo.screen import (
+    COLOURS,
     HAPPENED,
     WHY,
     Score,
@@ -57,12 +59,17 @@ def test_it_fits_and_shows_everything(width: int) -> None:
     for shown in (
         *("with mgpu", "12 s, 18 s to go", "271 of 16,384 MiB are free", "2,345", "13,000"),
         *("mvoice", "whisper-server", "ollama", "comfyui", "resident", "absent", "unloading"),
-        *("3.2 s", why_words(VICTIMS), "and 4 more", "loaded (2,345 MiB)", "OUT OF MEMORY"),
+        *("3.2 s", why_words(VICTIMS), "comfyui x9", "loaded (2,345 MiB)", "OUT OF MEMORY"),
     ):
         assert shown in text, shown
     assert [line.split() for line in lines if line.startswith("with mgpu ")] == [
         ["with", "mgpu", "31", "25", "1", "1", "4", "-", "-"]
     ]
+
+
+def test_a_short_queue_has_a_row_for_each() -> None:
+    lines = drawn(evolve(SNAPSHOT, queue=SNAPSHOT.queue[:3]), 80)
+    assert sum(why_words(VICTIMS) in line for line in lines) == 3
 
 
 @WIDTHS
@@ -92,7 +99,7 @@ def test_the_bar_is_as_wide_as_the_screen(width: int, held: dict[str, int]) -> N
 
 def test_a_segment_is_as_wide_as_what_it_holds() -> None:
     spans = {str(span.style): span.end - span.start for span in card_bar(SNAPSHOT, 80).spans}
-    assert abs(spans["white on dark_magenta"] - 80 * 13_000 / 16_384) <= 1
+    assert abs(spans[COLOURS["comfyui"]] - 80 * 13_000 / 16_384) <= 1
 
 
 @pytest.mark.parametrize("why", Why)

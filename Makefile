@@ -1,20 +1,29 @@
-# Everything a newcomer needs: `make test`, `make run`, `make lint`, `make real`.
+# Everything a newcomer needs: `make demo`, `make test`, `make run`, `make lint`, `make real`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint run real bench deploy rollback try-deploy clean
+.PHONY: help demo test lint run real bench picture deploy rollback try-deploy clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(READY): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
+	$(PIP) pip
+	$(PIP) --editable .
+	touch $(INSTALLED)
+
+$(READY): $(INSTALLED)
+	$(PIP) --group dev
 	touch $(READY)
+
+demo: $(INSTALLED) ## the broker at work on a simulated card, then the same without it
+	$(BIN)/mgpu demo
 
 test: $(READY) lint ## lint, then every test that takes minutes, not hours
 	$(BIN)/pytest
@@ -25,7 +34,7 @@ lint: $(READY) ## ruff, mypy --strict and the arrow of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-run: $(READY) ## the broker in front of the services of config/consumers.yaml
+run: $(INSTALLED) ## the broker in front of the services of config/consumers.yaml
 	$(BIN)/mgpu serve --config config/consumers.yaml
 
 real: $(READY) ## the broker in front of real speech services, on this machine's processor
@@ -41,8 +50,11 @@ rollback: ## HOST=[USER@]NAME goes back to the release that ran before
 try-deploy: ## deploy and rollback against a system of its own (root; Debian with systemd-container)
 	tests/deploy/try.sh
 
-bench: $(READY) ## what a step costs and what the broker adds to a request, as tables
+bench: $(INSTALLED) ## what a step costs and what the broker adds to a request, as tables
 	$(BIN)/mgpu bench
+
+picture: $(INSTALLED) ## docs/demo.svg anew, from a demo
+	$(BIN)/python docs/draw_demo.py
 
 clean: ## what the other targets made
 	rm -rf $(VENV) .venv-real .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

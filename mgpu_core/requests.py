@@ -41,8 +41,7 @@ def on_request(d: Draft, event: Request) -> None:
             deadline=deadline if event.deadline is None else min(deadline, event.deadline),
         )
     )
-    if d.waiting[event.consumer] == 1:  # else those before it in line come first
-        d.concerned = (event.request,)
+    d.concerned = (event.request,)
 
 
 @frozen

@@ -267,6 +267,24 @@ def finish(d: Draft, swap: Swap) -> None:
             d.arrived.append(name)
 
 
+def room_is_gone(d: Draft, target: str) -> bool:
+    """Does a sample show that the memory cleared for a cold start was taken since?
+
+    A promise binds only whom the core tracks; others may take it while the first request waits.
+    """
+    state = d.consumers[target]
+    cards = [good_card(d, gpu) for gpu in need_mib(d.consumer(target), state)]
+    newer = any(card and card.taken > state.touched for card in cards)
+    return newer and bool(view_for(d, target, max_evictions=0).missing_mib())
+
+
+def give_up_cold_start(d: Draft, target: str) -> None:
+    """Plan anew for those who wait for it; they keep their turn."""
+    d.update(target, cleared=False)
+    d.give_up_promise(target)
+    d.note("ColdStartGivenUp", consumer=target, because="its memory was taken")
+
+
 def end(d: Draft, swap: Swap, *, because: str) -> None:
     """Give a swap up before its load: waiters go back to their places."""
     d.note("SwapEnded", consumer=swap.target, epoch=swap.epoch, because=because)

@@ -106,7 +106,9 @@ def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | No
             d.drop(request.request)
             return None
         reason = _wanted_elsewhere(d, name) or no_room(d, consumer) or ahead
-        if reason is None:
+        if reason is None and state.cleared and swaps.room_is_gone(d, name):
+            swaps.give_up_cold_start(d, name)
+        elif reason is None:
             grant(d, request.request)
         return reason
     if not request.owed:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from attrs import frozen
 
 from mgpu_http.bench.run import PARTS, bench
-from mgpu_http.commands import local, log, remote
+from mgpu_http.commands import demo, local, log, remote
 from mgpu_http.commands.output import CommandError, message
 from mgpu_http.status import VERSION
 
@@ -102,6 +102,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def demo_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--seconds", type=float, default=30, help="how long clients come, in each half [30]"
+    )
+    parser.add_argument("--seed", type=int, help="the same arrivals again [by chance]")
+    parser.add_argument(
+        "--dir", help="what it leaves behind goes here [mgpu/demo in the user's state home]"
+    )
+
+
 REMOTE: tuple[Add, ...] = (broker_url, as_json)
 
 COMMANDS = (
@@ -125,6 +135,13 @@ COMMANDS = (
         example="mgpu bench steps requests --rounds 3",
         run=bench,
         add=(bench_arguments, as_json),
+    ),
+    Command(
+        name="demo",
+        help="show it at work on a simulated card, then the same without it",
+        example="mgpu demo --seconds 30 --seed 1",
+        run=demo.demo,
+        add=(demo_arguments, as_json),
     ),
     Command(
         name="status",

@@ -163,10 +163,10 @@ def _processes() -> Iterator[tuple[Path, int]]:
             yield entry, int(group)
 
 
-async def end_leftovers(mark: str, wait_s: float) -> bool:
+async def end_leftovers(mark: str, wait_s: float, variable: str = MARK) -> bool:
     """Kill what an earlier broker started under this mark. Is nothing of it left?"""
     deadline = asyncio.get_running_loop().time() + wait_s
-    while groups := _marked(mark):
+    while groups := _marked(variable, mark):
         if asyncio.get_running_loop().time() >= deadline:
             return False
         for pgid in groups:
@@ -176,9 +176,9 @@ async def end_leftovers(mark: str, wait_s: float) -> bool:
     return True
 
 
-def _marked(mark: str) -> set[int]:
+def _marked(variable: str, mark: str) -> set[int]:
     """Give the groups that were started under this mark, as far as we may look."""
-    wanted, groups = f"{MARK}={mark}".encode(), set()
+    wanted, groups = f"{variable}={mark}".encode(), set()
     for entry, group in _processes():
         with contextlib.suppress(OSError):
             if wanted in (entry / "environ").read_bytes().split(b"\0"):

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from mgpu_core import effects as fx
-from mgpu_core.config import SECOND_US, Gpu
+from mgpu_core.config import SECOND_US, Consumer, Gpu
 from tests.core.driver import CARD, Core, Table, lazy, service
 
 CARD_16 = (Gpu(total_mib=16_000),)
@@ -59,6 +59,24 @@ def test_a_lazy_promise_does_not_end_before_the_first_grant() -> None:
     assert core.request("r1", "c") == []
     core.sample(free=10_900)
     assert core.state.promises.keys() == {"c"}
+
+
+def test_a_cold_start_whose_memory_was_taken_meanwhile_is_planned_anew() -> None:
+    """It waits for the slot, and who works there loads something that nobody tracks."""
+    core = Core(
+        Consumer(name="m", vram_managed=True), service("a", 4_000), lazy("c", 12_000), absent=["a"]
+    )
+    core.sample(free=16_500)
+    core.request("r1", "m")
+    assert core.request("r2", "a") == ["load a"]
+    core.loaded("a")
+    core.sample(free=12_500)
+    core.request("r3", "c")
+    core.sample(free=10_500)  # "m" has loaded
+    assert core.finish("r1") == ["serve r2"]
+    assert core.finish("r2") == ["unload a"]
+    core.unloaded("a")
+    assert core.sample(free=14_500) == ["serve r3"]
 
 
 def test_a_lazy_promise_ends_at_the_latest_with_a_sample_after_its_first_request() -> None:

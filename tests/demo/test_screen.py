@@ -1,0 +1,129 @@
+import io
+
+import pytest
+from attrs import evolve
+from rich.console import Console
+
+from mgpu_core.notes import Why
+from mgpu_http.demo.report import Half, Happening
+from mgpu_http.demo.screen import (
+    COLOURS,
+    HAPPENED,
+    WHY,
+    Score,
+    ServiceView,
+    Snapshot,
+    Waiting,
+    card_bar,
+    plain,
+    render,
+    why_words,
+)
+
+WIDTHS = pytest.mark.parametrize("width", [80, 100])
+VICTIMS = {"reason": "victim_at_work", "who": ["mvoice", "whisper-server"], "free_mib": 3}
+SNAPSHOT = Snapshot(
+    half=Half.WITH,
+    elapsed_s=12.4,
+    seconds=30,
+    total_mib=16_384,
+    held={"desktop": 768, "mvoice": 2_345, "comfyui": 13_000},
+    services=[
+        ServiceView(name="mvoice", state="resident", held_mib=2_345, waiting=0, done=12, failed=1),
+        ServiceView(name="whisper-server", state="absent", waiting=9),
+        ServiceView(name="ollama", state="unknown", waiting=0),
+        ServiceView(name="comfyui", state="unloading", held_mib=13_000, running=1, crashes=2),
+    ],
+    queue=[Waiting(service="comfyui", waited_s=3.21, why=why_words(VICTIMS))] * 9,
+    happenings=[
+        Happening(at=1.5, service="mvoice", what="load", mib=2_345),
+        Happening(at=2.5, service="comfyui", what="out_of_memory", mib=12_500),
+    ],
+    scores={Half.WITH: Score(sent=31, ok=25, gave_up=1, failed=1), Half.WITHOUT: Score(sent=7)},
+)
+
+
+def drawn(snapshot: Snapshot, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=30)
+    console.print(render(snapshot, width))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@WIDTHS
+def test_it_fits_and_shows_everything(width: int) -> None:
+    lines = drawn(SNAPSHOT, width)
+    assert len(lines) <= 29
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for shown in (
+        *("with mgpu", "12 s, 18 s to go", "271 of 16,384 MiB are free", "2,345", "13,000"),
+        *("mvoice", "whisper-server", "ollama", "comfyui", "resident", "absent", "unloading"),
+        *("3.2 s", why_words(VICTIMS), "comfyui x9", "loaded (2,345 MiB)", "OUT OF MEMORY"),
+    ):
+        assert shown in text, shown
+    assert [line.split() for line in lines if line.startswith("with mgpu ")] == [
+        ["with", "mgpu", "31", "25", "1", "1", "4", "-", "-"]
+    ]
+
+
+def test_a_short_queue_has_a_row_for_each() -> None:
+    lines = drawn(evolve(SNAPSHOT, queue=SNAPSHOT.queue[:3]), 80)
+    assert sum(why_words(VICTIMS) in line for line in lines) == 3
+
+
+@WIDTHS
+def test_nothing_jumps_when_the_queue_is_empty(width: int) -> None:
+    quiet = Snapshot(
+        half=Half.WITHOUT,
+        elapsed_s=31,
+        seconds=30,
+        total_mib=16_384,
+        held={},
+        services=SNAPSHOT.services,
+        scores=SNAPSHOT.scores,
+    )
+    lines = drawn(quiet, width)
+    assert len(lines) == len(drawn(SNAPSHOT, width))
+    assert "nobody comes any more" in lines[0]
+
+
+@WIDTHS
+@pytest.mark.parametrize("held", [{}, {"desktop": 768}, {"a": 16_384}, {"a": 9_000, "b": 9_000}])
+def test_the_bar_is_as_wide_as_the_screen(width: int, held: dict[str, int]) -> None:
+    snapshot = Snapshot(
+        half=Half.WITH, elapsed_s=0, seconds=1, total_mib=16_384, held=held, services=()
+    )
+    assert len(card_bar(snapshot, width)) == width
+
+
+def test_a_segment_is_as_wide_as_what_it_holds() -> None:
+    spans = {str(span.style): span.end - span.start for span in card_bar(SNAPSHOT, 80).spans}
+    assert abs(spans[COLOURS["comfyui"]] - 80 * 13_000 / 16_384) <= 1
+
+
+@pytest.mark.parametrize("why", Why)
+@pytest.mark.parametrize("who", [[], ["mvoice"]])
+def test_every_reason_has_words(why: Why, who: list[str]) -> None:
+    words = why_words({"reason": why.value, "who": who})
+    assert why in WHY
+    assert "{" not in words
+    assert words != why.value
+    assert len(words) < 54
+
+
+def test_a_reason_of_a_later_version_is_shown_by_name() -> None:
+    assert why_words({"reason": "full_moon", "who": []}) == "full_moon"
+    assert why_words(None) == "it has just come"
+
+
+def test_every_happening_has_words() -> None:
+    named = ("load", "unload", "evict", "expire", "out_of_memory", "load_failed", "crash")
+    assert set(named) == set(HAPPENED)
+
+
+def test_one_line_where_there_is_no_terminal() -> None:
+    assert plain(SNAPSHOT) == (
+        "with mgpu 12 s: 31 sent, 25 ok, 4 waiting, 1 gave up, 1 failed;"
+        " card: desktop 768, mvoice 2,345, comfyui 13,000, free 271 MiB"
+    )

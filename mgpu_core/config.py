@@ -100,6 +100,18 @@ class Config:
     poll_interval_us: int = 2 * SECOND_US
     probe_interval_us: int = 5 * SECOND_US
     probe_failures: int = 2
+    # The other consumers of each one's server.
+    siblings: Mapping[str, tuple[str, ...]] = field(init=False, eq=False, repr=False)
+
+    @siblings.default
+    def _siblings(self) -> Mapping[str, tuple[str, ...]]:
+        servers: dict[str, list[str]] = {}
+        for name, consumer in self.consumers.items():
+            servers.setdefault(consumer.server, []).append(name)
+        return {
+            name: tuple(other for other in servers[consumer.server] if other != name)
+            for name, consumer in self.consumers.items()
+        }
 
 
 def in_order(config: Config) -> Config:

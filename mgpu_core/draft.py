@@ -78,7 +78,6 @@ class Draft:
 
     def configure(self, config: Config) -> None:
         self._memo.clear()
-        self._servers: dict[str, list[str]] | None = None
         self.config = config
         self.planner = self.own_planner or PLANNERS[config.eviction]
 
@@ -193,12 +192,7 @@ class Draft:
 
     def siblings(self, name: str) -> Sequence[str]:
         """Give the other consumers of its server."""
-        if self._servers is None:
-            self._servers = {}
-            for other, consumer in self.config.consumers.items():
-                self._servers.setdefault(consumer.server, []).append(other)
-        together = self._servers[self.consumer(name).server]
-        return [other for other in together if other != name] if len(together) > 1 else ()
+        return self.config.siblings[name]
 
     # ----------------------------------------------------------------------------- operations
 

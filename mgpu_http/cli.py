@@ -1,5 +1,9 @@
-"""The `mgpu` command. Exit codes: 0 done, 1 it failed or the check did, 2 usage or input."""
+"""The `mgpu` command. Exit codes: 0 done, 1 it failed or the check did, 2 usage or input.
 
+What a command needs is imported when it is run: `mgpu status` has no use for an HTTP server.
+"""
+
+import importlib
 import os
 import sys
 from argparse import (
@@ -11,14 +15,13 @@ from argparse import (
     _SubParsersAction,
 )
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import TypeAlias
 
 from attrs import frozen
 
-from mgpu_http.bench.run import PARTS, bench
-from mgpu_http.commands import demo, local, log, remote
-from mgpu_http.commands.output import CommandError, message
-from mgpu_http.status import VERSION
+from mgpu_http.bench import PARTS
+from mgpu_http.commands.output import DEFAULT_URL, CommandError, message
 
 DEFAULT_CONFIG = "config/consumers.yaml"
 
@@ -27,13 +30,23 @@ Add: TypeAlias = Callable[[ArgumentParser], None]
 
 @frozen(kw_only=True)
 class Command:
-    """One subcommand; `name` may be two words. `add` adds its arguments."""
+    """One subcommand; `name` may be two words. `add` adds its arguments.
+
+    `run` is `MODULE:FUNCTION` in this package: it takes the arguments and gives the exit code.
+    """
 
     name: str
     help: str
     example: str
-    run: Callable[[Namespace], int]
+    run: str
     add: tuple[Add, ...] = ()
+
+    def load(self) -> Callable[[Namespace], int]:
+        module, _, function = self.run.partition(":")
+        loaded: Callable[[Namespace], int] = getattr(
+            importlib.import_module(f"mgpu_http.{module}"), function
+        )
+        return loaded
 
 
 def config_file(parser: ArgumentParser) -> None:
@@ -58,7 +71,7 @@ def as_json(parser: ArgumentParser) -> None:
 
 def broker_url(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--url", help=f"the broker [$MGPU_URL, else {remote.DEFAULT_URL}]; $MGPU_KEY holds the key"
+        "--url", help=f"the broker [$MGPU_URL, else {DEFAULT_URL}]; $MGPU_KEY holds the key"
     )
 
 
@@ -119,105 +132,105 @@ COMMANDS = (
         name="serve",
         help="run the broker",
         example="mgpu serve --config config/consumers.yaml",
-        run=local.serve,
+        run="commands.local:serve",
         add=(config_file,),
     ),
     Command(
         name="check",
         help="check a configuration and show all that is wrong with it",
         example="mgpu check config/consumers.yaml",
-        run=local.check,
+        run="commands.local:check",
         add=(config_or_path, as_json),
     ),
     Command(
         name="bench",
         help="measure what a step costs and what the broker adds to a request",
         example="mgpu bench steps requests --rounds 3",
-        run=bench,
+        run="bench.run:bench",
         add=(bench_arguments, as_json),
     ),
     Command(
         name="demo",
         help="show it at work on a simulated card, then the same without it",
         example="mgpu demo --seconds 30 --seed 1",
-        run=demo.demo,
+        run="commands.demo:demo",
         add=(demo_arguments, as_json),
     ),
     Command(
         name="status",
         help="show the cards, the consumers and who waits",
         example="mgpu status --url http://127.0.0.1:8770",
-        run=remote.status,
+        run="commands.remote:status",
         add=REMOTE,
     ),
     Command(
         name="load",
         help="bring a consumer in",
         example="mgpu load comfyui",
-        run=remote.consumer,
+        run="commands.remote:consumer",
         add=(consumer, *REMOTE),
     ),
     Command(
         name="unload",
         help="send a consumer out, after what it serves",
         example="mgpu unload comfyui --force",
-        run=remote.consumer,
+        run="commands.remote:consumer",
         add=(consumer, force, *REMOTE),
     ),
     Command(
         name="pin",
         help="keep a consumer from being evicted",
         example="mgpu pin mvoice",
-        run=remote.consumer,
+        run="commands.remote:consumer",
         add=(consumer, *REMOTE),
     ),
     Command(
         name="unpin",
         help="let a consumer be evicted again",
         example="mgpu unpin mvoice",
-        run=remote.consumer,
+        run="commands.remote:consumer",
         add=(consumer, *REMOTE),
     ),
     Command(
         name="cancel",
         help="end a request that waits or is served",
         example="mgpu cancel 1f3a-17",
-        run=remote.cancel,
+        run="commands.remote:cancel",
         add=(request, *REMOTE),
     ),
     Command(
         name="drain",
         help="take no new work, finish what was admitted",
         example="mgpu drain",
-        run=remote.broker,
+        run="commands.remote:broker",
         add=REMOTE,
     ),
     Command(
         name="resume",
         help="take work again",
         example="mgpu resume",
-        run=remote.broker,
+        run="commands.remote:broker",
         add=REMOTE,
     ),
     Command(
         name="reload",
         help="have the broker read its configuration anew",
         example="mgpu reload",
-        run=remote.broker,
+        run="commands.remote:broker",
         add=REMOTE,
     ),
     Command(
         name="key add",
         help="make a key and show what goes into the configuration",
         example="mgpu key add laptop --admin",
-        run=local.key_add,
+        run="commands.local:key_add",
         add=(key_name, as_json),
     ),
     Command(
         name="log apply",
         help="apply events from standard input, and print a log line for each",
         example='echo \'{"type": "Tick", "at": 0}\' | mgpu log apply config/consumers.yaml',
-        run=log.apply,
+        run="commands.log:apply",
         add=(apply_arguments,),
     ),
 )
@@ -228,8 +241,8 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="mgpu", description="One address in front of the services that share a GPU."
     )
-    parser.add_argument("--version", action="version", version=f"mgpu {VERSION}")
-    top = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"mgpu {version('mgpu')}")
+    top = parser.add_subparsers(required=True, metavar="COMMAND")
     groups = {"": top}
     for command in COMMANDS:
         group, _, name = command.name.rpartition(" ")
@@ -250,14 +263,14 @@ def add_command(group: "_SubParsersAction[ArgumentParser]", name: str, command: 
     )
     for add in command.add:
         add(parser)
-    parser.set_defaults(run=command.run)
+    parser.set_defaults(command=command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code."""
     parsed = make_parser().parse_args(arguments)
     try:
-        code: int = parsed.run(parsed)
+        code: int = parsed.command.load()(parsed)
     except CommandError as error:
         message(f"mgpu: {error}")
         return error.exit_code

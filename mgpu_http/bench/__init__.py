@@ -6,3 +6,12 @@ nothing (`baselines`), and the broker. `load` is the client, `servers` starts th
 
 Machines are noisy: compare within one run, where everything takes turns.
 """
+
+# The parts of it, and what each table is headed by.
+PARTS = {
+    "steps": "A step of the scheduler: a request and its end, 8 consumers",
+    "walk": "A pass over everybody that waits",
+    "requests": "A request and its answer",
+    "streams": "An answer in 1,000 chunks",
+    "bodies": "Memory while 1 GiB passes",
+}

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mgpu_http.bench import core, proxying
+from mgpu_http.bench import PARTS, core, proxying
 from mgpu_http.bench.load import LoadError
 from mgpu_http.bench.servers import Target, servers
 from mgpu_http.commands.output import DONE, CommandError, document, message, result
@@ -24,7 +24,7 @@ def bench(arguments: Namespace) -> int:
     try:
         for part in arguments.parts or PARTS:
             message(f"measuring: {part} ...")
-            measured[part] = PARTS[part](arguments.rounds)
+            measured[part] = MEASURES[part](arguments.rounds)
     except (OSError, LoadError) as error:
         raise CommandError(str(error)) from error
     if arguments.json:
@@ -32,7 +32,7 @@ def bench(arguments: Namespace) -> int:
         return DONE
     result(f"mgpu {VERSION} on {measured.pop('machine')}")
     for part, rows in measured.items():
-        result(f"\n## {TITLES[part]}\n")
+        result(f"\n## {PARTS[part]}\n")
         result(markdown(rows))
     return DONE
 
@@ -144,17 +144,10 @@ async def _bodies() -> list[Row]:
     ]
 
 
-PARTS: Mapping[str, Callable[[int], list[Row]]] = {
+MEASURES: Mapping[str, Callable[[int], list[Row]]] = {
     "steps": steps,
     "walk": walk,
     "requests": requests,
     "streams": streams,
     "bodies": bodies,
-}
-TITLES = {
-    "steps": "A step of the scheduler: a request and its end, 8 consumers",
-    "walk": "A pass over everybody that waits",
-    "requests": "A request and its answer",
-    "streams": "An answer in 1,000 chunks",
-    "bodies": "Memory while 1 GiB passes",
 }

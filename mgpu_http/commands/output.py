@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 DONE, FAILED, USAGE = 0, 1, 2
+DEFAULT_URL = "http://127.0.0.1:8770"
 
 
 class CommandError(Exception):

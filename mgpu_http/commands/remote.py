@@ -8,9 +8,17 @@ from argparse import Namespace
 from typing import Any
 from urllib.parse import quote
 
-from mgpu_http.commands.output import DONE, FAILED, USAGE, CommandError, document, result, table
+from mgpu_http.commands.output import (
+    DEFAULT_URL,
+    DONE,
+    FAILED,
+    USAGE,
+    CommandError,
+    document,
+    result,
+    table,
+)
 
-DEFAULT_URL = "http://127.0.0.1:8770"
 TIMEOUT_S = 30
 # Of our own error codes: what the user got wrong, rather than what went wrong.
 USERS_OWN = {"no_consumer", "not_found"}
@@ -49,7 +57,7 @@ def consumer(arguments: Namespace) -> int:
     """load, unload, pin and unpin."""
     query = "?force=1" if getattr(arguments, "force", False) else ""
     name = quote(arguments.consumer, safe="")
-    answer = call(arguments, "POST", f"/v1/consumers/{name}/{arguments.command}{query}")
+    answer = call(arguments, "POST", f"/v1/consumers/{name}/{arguments.command.name}{query}")
     if arguments.json:
         document(answer)
     else:
@@ -70,10 +78,10 @@ def cancel(arguments: Namespace) -> int:
 
 def broker(arguments: Namespace) -> int:
     """drain, resume and reload."""
-    answer = call(arguments, "POST", f"/v1/{arguments.command}")
+    answer = call(arguments, "POST", f"/v1/{arguments.command.name}")
     if arguments.json:
         document(answer)
-    elif arguments.command == "reload":
+    elif arguments.command.name == "reload":
         result("the configuration was read anew")
     else:
         result("no new work is taken" if answer["draining"] else "work is taken")

@@ -5,9 +5,9 @@ import json
 import pytest
 from aiohttp import ClientSession
 
-from mgpu_http.bench import core, proxying
+from mgpu_http.bench import PARTS, core, proxying
 from mgpu_http.bench.load import LoadError, post, send
-from mgpu_http.bench.run import PARTS, TITLES, markdown
+from mgpu_http.bench.run import MEASURES, markdown
 from mgpu_http.bench.servers import KINDS, servers
 from mgpu_http.bench.upstream import ANSWER, CHUNK, CHUNKS
 from mgpu_http.cli import main
@@ -52,7 +52,7 @@ async def test_every_server_answers_what_the_service_answers() -> None:
 
 
 def test_each_part_has_a_title_and_each_way_a_kind() -> None:
-    assert PARTS.keys() == TITLES.keys()
+    assert PARTS.keys() == MEASURES.keys()
     assert len(set(KINDS.values())) == len(KINDS)
 
 

@@ -45,6 +45,18 @@ def test_each_command_shows_an_example(command: Any, capsys: pytest.CaptureFixtu
     assert f"example:\n  {command.example}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_each_command_can_be_loaded(command: Any) -> None:
+    assert callable(command.load())
+
+
+def test_a_command_imports_only_what_it_needs() -> None:
+    code = "import sys, mgpu_http.cli as c; [k.load() for k in c.COMMANDS if k.name == 'status']; "
+    code += "print({'hypercorn', 'aiohttp', 'starlette', 'rich'} & set(sys.modules))"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert asked.stdout.strip() == "set()"
+
+
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("load",), ("key",), ("status", "x")])
 def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:
     told = mgpu(*arguments)

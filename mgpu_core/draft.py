@@ -221,7 +221,7 @@ class Draft:
         )
         together = (name,) if by_route else (name, *self.siblings(name))
         for one in together:
-            if self.consumers[one].residency is Residency.ABSENT:
+            if self.consumers[one].residency is Residency.ABSENT and one != name:
                 continue
             self.move(
                 one,

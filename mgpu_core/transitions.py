@@ -38,6 +38,7 @@ _ABSENT, _LOADING, _RESIDENT, _UNLOADING, _UNKNOWN = (
 RESIDENCY: Mapping[tuple[Residency, Cause], Residency] = {
     (_ABSENT, Cause.LOAD_STARTED): _LOADING,
     (_ABSENT, Cause.COLD_STARTED): _RESIDENT,
+    (_ABSENT, Cause.UNLOAD_STARTED): _UNLOADING,  # it may hold something that nobody saw it take
     (_ABSENT, Cause.SEEN_RESIDENT): _RESIDENT,
     (_ABSENT, Cause.SEEN_ABSENT): _ABSENT,
     (_ABSENT, Cause.REFUSED): _ABSENT,

@@ -146,6 +146,9 @@ def _bring_in(
         return None
     if victims is None:
         missing = d.remember(("no set", alike(d, name)), lambda: _no_set(d, name))
+        if missing.why is Why.UNFIT and _may_hold_some(d, name):
+            d.start_unload(name, d.next_epoch(), because="what it may hold is in its own way")
+            return Reason(why=Why.UNLOADING)
         if missing.why is not Why.UNFIT or d.config.when_unfit == "wait":
             return missing
         if d.config.when_unfit == "reject":
@@ -164,6 +167,20 @@ def _bring_in(
     d.again = d.again or not victims
     swaps.advance_all(d)
     return None
+
+
+def _may_hold_some(d: Draft, name: str) -> bool:
+    """A lazy one that nobody has seen empty: it may have been in use before the broker started, or
+    have loaded some of what a failed first request needed. Told to let go, it surely is.
+    """
+    state = d.consumers[name]
+    unseen = state.residency is Residency.ABSENT and state.source is Source.ASSUMED
+    return (
+        d.consumer(name).lazy
+        and (unseen or state.uncertain == "load")
+        and name not in d.swaps
+        and may_be_evicted(d, name)
+    )
 
 
 def may_serve(d: Draft, name: str) -> bool:

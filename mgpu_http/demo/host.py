@@ -43,7 +43,6 @@ _HEAD = """\
 # - listen, and the url of each consumer: ports that were free
 # - gpu.sampler and gpu.poll_interval_s: a simulated card, looked at often
 # - probe.interval_s, scheduler: shorter times, for a run of seconds
-# - scheduler.overlap_loads: ollama loads unannounced while it works, so nobody else may meanwhile
 # - routing.stt and whisper-server's driver: it hears instead of the voice, as a process that the
 #   broker starts and stops, for a demo has no unit of systemd
 # - event_log.dir: in the directory of the demo
@@ -55,7 +54,6 @@ CHANGES: Mapping[str, Mapping[str, object]] = {
         "restore_after_s": 5,
         "queue_timeout_s": 90,
         "shutdown_grace_s": 2,
-        "overlap_loads": False,
     },
 }
 

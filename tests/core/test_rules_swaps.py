@@ -329,3 +329,44 @@ def test_measured_footprints_take_the_place_of_what_is_not_declared() -> None:
     core.answer_all()
     core.finish("r1")
     assert core.request("r2", "a") == ["unload b"]
+
+
+def test_a_lazy_service_in_use_before_the_broker_started_is_emptied_not_taken_for_a_stranger() -> (
+    None
+):
+    core = Core(lazy("c", 12_000), gpus=CARD_16)
+    core.sample(free=3_500)  # it holds its 12,000 already
+    assert core.request("r1", "c") == ["unload c"]
+    assert core.state.reasons["r1"].why == "unloading"
+    core.unloaded("c")
+    assert core.state.reasons["r1"].why == "memory"  # it may be coming free
+    assert core.sample(free=15_500) == ["serve r1"]
+
+
+def test_it_is_told_so_once_then_others_hold_the_card() -> None:
+    core = Core(lazy("c", 12_000), gpus=CARD_16)
+    core.sample(free=3_500)
+    core.request("r1", "c")
+    core.unloaded("c")
+    for _ in range(5):
+        assert core.wait(3) + core.sample(free=3_500) == []
+    assert core.state.reasons["r1"].why == "unfit"
+
+
+def test_what_a_failed_cold_start_left_in_memory_is_cleared_for_the_next_request() -> None:
+    core = Core(lazy("c", 12_000), gpus=CARD_16)
+    core.sample(free=15_900)
+    core.request("r1", "c")
+    core.sample(free=10_900)
+    core.finish("r1", "upstream_error")
+    core.sample(free=10_900)
+    assert core.state.consumers["c"].residency == "unknown"
+    assert core.request("r2", "c") == ["unload c"]
+    core.unloaded("c")
+    assert core.sample(free=15_900) == ["serve r2"]
+
+
+def test_a_pinned_one_is_not_emptied_even_for_itself() -> None:
+    core = Core(lazy("c", 12_000, pinned=True), gpus=CARD_16)
+    core.sample(free=3_500)
+    assert core.request("r1", "c") == []

@@ -78,6 +78,7 @@ def test_it_runs_and_accounts_for_everybody(tmp_path: Path) -> None:
         assert half["requests"] == sum(half["outcomes"].values()) == came
         assert half["loads"] > 0
     assert document["with"]["out_of_memory"] == 0
+    assert document["without"]["evictions"] == 0  # nobody is there to evict
     assert document["with"]["outcomes"]["ok"] > came / 2
     assert "with mgpu" in told.stderr
     assert processes_of(place.path) == {}

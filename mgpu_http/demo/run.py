@@ -19,6 +19,7 @@ from mgpu_http.demo.clients import Route, client_session, routes, send
 from mgpu_http.demo.host import DemoError, Place, World, world, write_config
 from mgpu_http.demo.report import (
     CRASHES,
+    GAVE_UP,
     OK,
     OUT_OF_MEMORY,
     Half,
@@ -42,7 +43,6 @@ from mgpu_http.demo.traffic import Arrival, arrivals
 REFRESH_S = 0.125
 STATUS_TIMEOUT_S = 2.0
 HEALTHY_S = 20.0
-GAVE_UP = "gave_up"
 INTERRUPTED = "interrupted"
 JOURNAL = "journal.jsonl"
 

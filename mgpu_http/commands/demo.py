@@ -35,7 +35,7 @@ def demo(arguments: Namespace) -> int:
     place = Place(Path(arguments.dir).absolute()) if arguments.dir is not None else default_place()
     console = Console(stderr=arguments.json)
     try:
-        with place.taken(), _watching(console) as watch:
+        with place.taken(), watching(console) as watch:
             running = Demo(place, arguments.seconds, seed, watch)
             finished = asyncio.run(_interruptible(running))
     except DemoError as error:
@@ -66,9 +66,9 @@ async def _interruptible(running: Demo) -> bool:
 
 
 @contextlib.contextmanager
-def _watching(console: Console) -> Iterator[Watch]:
-    """A screen where there is a terminal, else a line now and then on standard error."""
-    if not console.is_terminal:
+def watching(console: Console) -> Iterator[Watch]:
+    """A screen where a terminal can show one, else a line now and then on standard error."""
+    if not console.is_terminal or console.is_dumb_terminal:
         yield LineByLine()
         return
     with Live(console=console, screen=True, auto_refresh=False) as live:

@@ -218,10 +218,16 @@ def _queue(queue: Sequence[Waiting], rows: int) -> Table:
 def _happenings(happenings: Sequence[Happening], rows: int) -> Table:
     table = _lines()
     for one in happenings[-rows:]:
-        words = HAPPENED.get(one.what, one.what) + (f" ({one.mib:,} MiB)" if one.mib else "")
         bad = "bold red" if one.what in BAD else ""
-        table.add_row(f"{max(0.0, one.at):6.1f} s", Text(one.service, bad), Text(words, bad))
+        words = Text(happened_words(one), bad)
+        table.add_row(f"{max(0.0, one.at):6.1f} s", Text(one.service, bad), words)
     return _filled(table, rows)
+
+
+def happened_words(one: Happening) -> str:
+    if one.what == "load" and not one.mib:
+        return "loaded, but on the processor: no room on the card"
+    return HAPPENED.get(one.what, one.what) + (f" ({one.mib:,} MiB)" if one.mib else "")
 
 
 def _scores(scores: Mapping[Half, Score]) -> Table:

@@ -15,6 +15,7 @@ from mgpu_http.demo.screen import (
     Snapshot,
     Waiting,
     card_bar,
+    happened_words,
     plain,
     render,
     why_words,
@@ -134,6 +135,12 @@ def test_a_reason_of_a_later_version_is_shown_by_name() -> None:
 def test_every_happening_has_words() -> None:
     named = ("load", "unload", "evict", "expire", "out_of_memory", "load_failed", "crash")
     assert set(named) == set(HAPPENED)
+
+
+def test_a_model_beside_the_card_is_told() -> None:
+    beside = Happening(at=1.0, service="ollama", what="load")
+    assert "on the processor" in happened_words(beside)
+    assert happened_words(evolve(beside, mib=1_900)) == "loaded (1,900 MiB)"
 
 
 def test_one_line_where_there_is_no_terminal() -> None:

@@ -20,7 +20,7 @@ from mgpu_http.demo.screen import Snapshot, plain, render
 
 PICTURE = Path(__file__).with_name("demo.svg")
 SECONDS = 30
-WIDTH = 100
+WIDTH, HEIGHT = 100, 30
 FONT = "ui-monospace, Menlo, Consolas, monospace"
 
 
@@ -33,7 +33,7 @@ def liveliness(snapshot: Snapshot) -> tuple[int, int]:
 def picture(snapshot: Snapshot, demo: Demo) -> str:
     """Give an SVG that needs nothing from elsewhere."""
     console = Console(record=True, file=io.StringIO(), width=WIDTH, color_system="truecolor")
-    console.print(render(snapshot, WIDTH), Text())
+    console.print(render(snapshot, WIDTH, HEIGHT), Text())
     console.print(demo.comparison(), justify="center")
     title = f"mgpu demo --seed {demo.seed}: {snapshot.elapsed_s:.0f} s after its beginning"
     svg = console.export_svg(title=title, unique_id="demo")

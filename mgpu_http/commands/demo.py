@@ -5,6 +5,7 @@ import contextlib
 import secrets
 import shlex
 import signal
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -31,10 +32,10 @@ def demo(arguments: Namespace) -> int:
     if not 1 <= arguments.seconds <= MAX_SECONDS:
         raise CommandError(f"--seconds is a number from 1 to {MAX_SECONDS}", USAGE)
     seed = secrets.randbelow(MAX_SEED) + 1 if arguments.seed is None else arguments.seed
-    place = Place(Path(arguments.dir).absolute()) if arguments.dir else default_place()
+    place = Place(Path(arguments.dir).absolute()) if arguments.dir is not None else default_place()
     console = Console(stderr=arguments.json)
     try:
-        with place.taken(), _watching(console) as watch:
+        with place.taken(), watching(console) as watch:
             running = Demo(place, arguments.seconds, seed, watch)
             finished = asyncio.run(_interruptible(running))
     except DemoError as error:
@@ -65,13 +66,13 @@ async def _interruptible(running: Demo) -> bool:
 
 
 @contextlib.contextmanager
-def _watching(console: Console) -> Iterator[Watch]:
-    """A screen where there is a terminal, else a line now and then on standard error."""
-    if not console.is_terminal:
+def watching(console: Console) -> Iterator[Watch]:
+    """A screen where a terminal can show one, else a line now and then on standard error."""
+    if not console.is_terminal or console.is_dumb_terminal:
         yield LineByLine()
         return
     with Live(console=console, screen=True, auto_refresh=False) as live:
-        yield lambda snapshot: live.update(render(snapshot, console.width), refresh=True)
+        yield lambda snapshot: live.update(render(snapshot, *console.size), refresh=True)
 
 
 @define
@@ -90,13 +91,19 @@ def _afterwards(running: Demo, directory: str | None) -> str:
     """Say where the event log is, how to look at it, and how to see the same again."""
     book = running.books.get(Half.WITH)
     longest = longest_waiting(book.outcomes) if book else None
-    request = longest.request if longest else "ID"
     events = shlex.quote(str(running.place.events))
-    again = f"mgpu demo --seconds {running.seconds:g} --seed {running.seed}"
-    if directory:
+    again = f"{_program()} demo --seconds {running.seconds:g} --seed {running.seed}"
+    if directory is not None:
         again += f" --dir {shlex.quote(directory)}"
-    return (
-        f"the event log:              {events}\n"
-        f"in it, who waited longest:  grep '\"{request}\"' {events}/*.jsonl\n"
-        f"the same once more:         {again}"
-    )
+    lines = [f"the event log:              {events}"]
+    if longest is not None:
+        found = f"grep '\"{longest.request}\"' {events}/*.jsonl"
+        lines.append(f"in it, who waited longest:  {found}")
+    lines.append(f"the same arrivals again:    {again}")
+    return "\n".join(lines)
+
+
+def _program() -> str:
+    """Give the command as it was called: nobody needs the virtual environment in the path."""
+    called = sys.argv[0]
+    return shlex.quote(called) if Path(called).name == "mgpu" else "mgpu"

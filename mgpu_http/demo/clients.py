@@ -17,7 +17,7 @@ import aiohttp
 from attrs import frozen
 
 from mgpu_effects.settings import Kind, Settings
-from mgpu_http.demo.report import OK, Outcome
+from mgpu_http.demo.report import GAVE_UP, OK, Outcome
 from mgpu_http.demo.services.sound import spoken
 from mgpu_http.demo.traffic import Arrival
 
@@ -90,7 +90,7 @@ async def send(session: aiohttp.ClientSession, arrival: Arrival, route: Route) -
     except FailedError as failed:
         outcome = failed.outcome
     except TimeoutError:
-        outcome = "gave_up"
+        outcome = GAVE_UP
     except aiohttp.ClientConnectorError:
         outcome = "unreachable"
     except (aiohttp.ClientError, ConnectionError):

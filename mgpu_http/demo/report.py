@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 OK = "ok"
+GAVE_UP = "gave_up"
 # An eviction makes room for somebody else; a model that a service drops by its own clock is none.
 EVICTIONS = ("unload", "evict")
 OUT_OF_MEMORY = "out_of_memory"

@@ -19,6 +19,7 @@ from mgpu_http.demo.clients import Route, client_session, routes, send
 from mgpu_http.demo.host import DemoError, Place, World, world, write_config
 from mgpu_http.demo.report import (
     CRASHES,
+    GAVE_UP,
     OK,
     OUT_OF_MEMORY,
     Half,
@@ -42,7 +43,6 @@ from mgpu_http.demo.traffic import Arrival, arrivals
 REFRESH_S = 0.125
 STATUS_TIMEOUT_S = 2.0
 HEALTHY_S = 20.0
-GAVE_UP = "gave_up"
 INTERRUPTED = "interrupted"
 JOURNAL = "journal.jsonl"
 
@@ -95,7 +95,8 @@ class Book:
         )
 
     def tally(self) -> Tally:
-        return tally(self.outcomes, self.journal.look())
+        """Without what was written since the last look: a service that ends unloads as well."""
+        return tally(self.outcomes, self.journal.happenings)
 
 
 @frozen(kw_only=True)
@@ -118,6 +119,7 @@ class Scene:
                 for arrival in coming:
                     clients.create_task(self._come(arrival, ways[arrival.kind]))
         finally:
+            self.books[self.half].journal.look()
             showing.cancel()
             await asyncio.wait((showing,))
         if not showing.cancelled():
@@ -177,8 +179,8 @@ class Scene:
             held_mib=held_mib,
             running=running,
             waiting=waiting,
-            done=ends[True],
-            failed=ends[False],
+            ok=ends[True],
+            not_ok=ends[False],
             crashes=book.crashes_of(name),
         )
 

@@ -12,6 +12,7 @@ from mgpu_http.demo.report import CRASHES, OUT_OF_MEMORY, Half, Happening
 
 QUEUE_ROWS = 6
 HAPPENING_ROWS = 5
+OTHER_ROWS = 12  # of everything else but the services: titles, the bar, the scores
 FREE = "free"
 DESKTOP = "desktop"
 COLOURS = {
@@ -30,7 +31,7 @@ HAPPENED = {
     "expire": "dropped a model, unused for a while",
     "load_failed": "failed to load",
     "crash": "crashed",
-    OUT_OF_MEMORY: "OUT OF MEMORY",
+    OUT_OF_MEMORY: "OUT OF MEMORY, crashed; was refused",
 }
 BAD = ("load_failed", *CRASHES)
 
@@ -45,7 +46,7 @@ WHY = {
     "victim_at_work": "has to go, but is at work: {who}",
     "victim_busy": "has to go, but is busy: {who}",
     "memory": "its memory is about to come free",
-    "unfit": "has its memory, and can't be evicted: {who}",
+    "unfit": "too little can be evicted: {who}",
     "cooldown": "did not go when told to: {who}",
     "promoted_ahead": "first, one that was overtaken too often",
     "no_overlap": "loads and work take turns: {who}",
@@ -62,8 +63,8 @@ class ServiceView:
     held_mib: int = 0
     running: int = 0
     waiting: int | None = None
-    done: int = 0
-    failed: int = 0
+    ok: int = 0
+    not_ok: int = 0
     crashes: int = 0
 
 
@@ -125,8 +126,11 @@ def why_words(why: Mapping[str, object] | None) -> str:
     return WHY.get(reason, reason).format(who=names or "somebody")
 
 
-def render(snapshot: Snapshot, width: int) -> RenderableType:
-    """Draw the snapshot: 29 lines, at least 80 columns wide."""
+def render(snapshot: Snapshot, width: int, height: int) -> RenderableType:
+    """Draw the snapshot: all of it from 80 columns and 24 lines on, and never 28 lines or more."""
+    spare = max(2, height - OTHER_ROWS - len(snapshot.services))
+    queue_rows = min(QUEUE_ROWS, (spare + 1) // 2)
+    happening_rows = min(HAPPENING_ROWS, spare - queue_rows)
     return Group(
         _header(snapshot),
         Text(),
@@ -135,9 +139,9 @@ def render(snapshot: Snapshot, width: int) -> RenderableType:
         Text(),
         _services(snapshot.services),
         _rule("waiting, and why" if snapshot.half is Half.WITH else "nobody queues here"),
-        _queue(snapshot.queue),
+        _queue(snapshot.queue, queue_rows),
         _rule("what happened last"),
-        _happenings(snapshot.happenings),
+        _happenings(snapshot.happenings, happening_rows),
         _rule("so far"),
         _scores(snapshot.scores),
     )
@@ -182,7 +186,7 @@ def _services(services: Sequence[ServiceView]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=False)
     for title in ("service", "memory"):
         table.add_column(title, no_wrap=True)
-    for title in ("MiB", "running", "waiting", "done", "failed", "crashes"):
+    for title in ("MiB", "running", "waiting", "ok", "not ok", "crashes"):
         table.add_column(title, justify="right", no_wrap=True)
     for service in services:
         table.add_row(
@@ -191,40 +195,45 @@ def _services(services: Sequence[ServiceView]) -> Table:
             f"{service.held_mib:,}" if service.held_mib else "-",
             _number(service.running),
             "" if service.waiting is None else _number(service.waiting),
-            _number(service.done),
-            Text(_number(service.failed), "red" if service.failed else ""),
+            _number(service.ok),
+            Text(_number(service.not_ok), "red" if service.not_ok else ""),
             Text(_number(service.crashes), "bold red" if service.crashes else ""),
         )
     return table
 
 
-def _queue(queue: Sequence[Waiting]) -> Table:
-    """A row for each; where they are too many, one for all that wait at a service for a reason."""
-    alike: dict[object, list[Waiting]] = {}
-    for place, one in enumerate(queue):
-        key = (one.service, one.why) if len(queue) > QUEUE_ROWS else place
-        alike.setdefault(key, []).append(one)
+def _queue(queue: Sequence[Waiting], rows: int) -> Table:
+    """A row for all that wait at a service for the same reason, with the longest wait."""
+    alike: dict[tuple[str, str], list[Waiting]] = {}
+    for one in queue:
+        alike.setdefault((one.service, one.why), []).append(one)
     table = _lines()
-    for ones in list(alike.values())[:QUEUE_ROWS]:
+    for ones in list(alike.values())[:rows]:
         oldest_s = max(one.waited_s for one in ones)
         times = f" x{len(ones)}" if len(ones) > 1 else ""
         table.add_row(f"{oldest_s:6.1f} s", ones[0].service + times, ones[0].why)
-    return _filled(table, QUEUE_ROWS)
+    return _filled(table, rows)
 
 
-def _happenings(happenings: Sequence[Happening]) -> Table:
+def _happenings(happenings: Sequence[Happening], rows: int) -> Table:
     table = _lines()
-    for one in happenings[-HAPPENING_ROWS:]:
-        words = HAPPENED.get(one.what, one.what) + (f" ({one.mib:,} MiB)" if one.mib else "")
+    for one in happenings[-rows:]:
         bad = "bold red" if one.what in BAD else ""
-        table.add_row(f"{max(0.0, one.at):6.1f} s", Text(one.service, bad), Text(words, bad))
-    return _filled(table, HAPPENING_ROWS)
+        words = Text(happened_words(one), bad)
+        table.add_row(f"{max(0.0, one.at):6.1f} s", Text(one.service, bad), words)
+    return _filled(table, rows)
+
+
+def happened_words(one: Happening) -> str:
+    if one.what == "load" and not one.mib:
+        return "loaded, but on the processor: no room on the card"
+    return HAPPENED.get(one.what, one.what) + (f" ({one.mib:,} MiB)" if one.mib else "")
 
 
 def _scores(scores: Mapping[Half, Score]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
-    for title in ("sent", "answered", "gave up", "failed", "open", "loads", "out of memory"):
+    for title in ("sent", "ok", "gave up", "failed", "open", "loads", "out of memory"):
         table.add_column(title, justify="right", no_wrap=True)
     for half, score in scores.items():
         style = "bold red" if score.out_of_memory else ""
@@ -235,9 +244,10 @@ def _scores(scores: Mapping[Half, Score]) -> Table:
 
 
 def _lines() -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for width in (8, 14, None):
-        table.add_column(no_wrap=True, overflow="ellipsis", min_width=width)
+    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    for width in (8, 14):
+        table.add_column(no_wrap=True, min_width=width)
+    table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     return table
 
 

@@ -1,6 +1,7 @@
 """`mgpu demo` as a user runs it: real processes, a real broker, real requests."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mgpu_effects.config_file import load_settings
 from mgpu_http.cli import main
+from mgpu_http.commands.demo import LineByLine, watching
 from mgpu_http.demo.host import MARK, DemoError, Place, write_config
 from mgpu_http.demo.traffic import arrivals
 
@@ -78,6 +81,7 @@ def test_it_runs_and_accounts_for_everybody(tmp_path: Path) -> None:
         assert half["requests"] == sum(half["outcomes"].values()) == came
         assert half["loads"] > 0
     assert document["with"]["out_of_memory"] == 0
+    assert document["without"]["evictions"] == 0  # nobody is there to evict
     assert document["with"]["outcomes"]["ok"] > came / 2
     assert "with mgpu" in told.stderr
     assert processes_of(place.path) == {}
@@ -147,6 +151,13 @@ def test_the_configuration_is_the_shipped_one_but_for_what_it_says(tmp_path: Pat
     assert ours.gpus[0].sampler == "simulated"
     assert ours.routing["stt"] == "whisper-server"
     assert "Pictures need so much that the voice must leave" in place.config.read_text()
+
+
+@pytest.mark.parametrize(("terminal", "lines"), [("dumb", True), ("xterm-256color", False)])
+def test_a_terminal_without_a_screen_gets_lines(terminal: str, lines: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": terminal})
+    with watching(console) as watch:
+        assert isinstance(watch, LineByLine) is lines
 
 
 @pytest.mark.parametrize("seconds", ["0", "-3", "1e9", "nan"])

@@ -15,7 +15,7 @@ from mgpu_http.demo.report import (
     percentile,
     tally,
 )
-from mgpu_http.demo.run import Journal
+from mgpu_http.demo.run import Book, Journal
 
 
 def outcome(name: str = "ok", waited_s: float = 1.0, request: str | None = None) -> Outcome:
@@ -109,3 +109,12 @@ def test_a_journal_is_read_line_by_line(tmp_path: Path) -> None:
         assert len(journal.look()) == 1
         file.write(line[9:])
     assert journal.look() == [Happening(at=1.5, service="ollama", what="load", mib=7)] * 2
+
+
+def test_what_services_do_at_their_end_is_not_counted(tmp_path: Path) -> None:
+    book = Book(Journal(tmp_path / "journal.jsonl"), {})
+    line = json.dumps({"at": 1.5, "service": "ollama", "what": "unload", "mib": 7}) + "\n"
+    book.journal.path.write_text(line)
+    book.journal.look()
+    book.journal.path.write_text(line * 2)
+    assert book.tally().evictions == 1

@@ -15,6 +15,7 @@ from mgpu_http.demo.screen import (
     Snapshot,
     Waiting,
     card_bar,
+    happened_words,
     plain,
     render,
     why_words,
@@ -29,7 +30,7 @@ SNAPSHOT = Snapshot(
     total_mib=16_384,
     held={"desktop": 768, "mvoice": 2_345, "comfyui": 13_000},
     services=[
-        ServiceView(name="mvoice", state="resident", held_mib=2_345, waiting=0, done=12, failed=1),
+        ServiceView(name="mvoice", state="resident", held_mib=2_345, waiting=0, ok=12, not_ok=1),
         ServiceView(name="whisper-server", state="absent", waiting=9),
         ServiceView(name="ollama", state="unknown", waiting=0),
         ServiceView(name="comfyui", state="unloading", held_mib=13_000, running=1, crashes=2),
@@ -43,17 +44,18 @@ SNAPSHOT = Snapshot(
 )
 
 
-def drawn(snapshot: Snapshot, width: int) -> list[str]:
-    console = Console(file=io.StringIO(), width=width, height=30)
-    console.print(render(snapshot, width))
+def drawn(snapshot: Snapshot, width: int, height: int = 30) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height)
+    console.print(render(snapshot, width, height))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
 
 @WIDTHS
-def test_it_fits_and_shows_everything(width: int) -> None:
-    lines = drawn(SNAPSHOT, width)
-    assert len(lines) <= 29
+@pytest.mark.parametrize("height", [24, 30, 60])
+def test_it_fits_and_shows_everything(width: int, height: int) -> None:
+    lines = drawn(SNAPSHOT, width, height)
+    assert len(lines) <= min(height, 27)
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     for shown in (
@@ -67,9 +69,22 @@ def test_it_fits_and_shows_everything(width: int) -> None:
     ]
 
 
-def test_a_short_queue_has_a_row_for_each() -> None:
-    lines = drawn(evolve(SNAPSHOT, queue=SNAPSHOT.queue[:3]), 80)
-    assert sum(why_words(VICTIMS) in line for line in lines) == 3
+def test_those_who_wait_for_the_same_share_a_row_with_the_longest_wait() -> None:
+    another = Waiting(service="comfyui", waited_s=1, why="another")
+    sooner = evolve(another, waited_s=9.87)
+    lines = drawn(evolve(SNAPSHOT, queue=[*SNAPSHOT.queue, another, sooner]), 80)
+    assert [line.split()[:4] for line in lines if "comfyui x" in line] == [
+        ["3.2", "s", "comfyui", "x9"],
+        ["9.9", "s", "comfyui", "x2"],
+    ]
+
+
+@WIDTHS
+def test_what_does_not_fit_into_its_line_is_cut_visibly(width: int) -> None:
+    long = Waiting(service="comfyui", waited_s=1, why="x" * 200)
+    cut = next(line for line in drawn(evolve(SNAPSHOT, queue=[long]), width) if "xxx" in line)
+    assert cut.endswith("…")
+    assert len(cut) == width
 
 
 @WIDTHS
@@ -120,6 +135,12 @@ def test_a_reason_of_a_later_version_is_shown_by_name() -> None:
 def test_every_happening_has_words() -> None:
     named = ("load", "unload", "evict", "expire", "out_of_memory", "load_failed", "crash")
     assert set(named) == set(HAPPENED)
+
+
+def test_a_model_beside_the_card_is_told() -> None:
+    beside = Happening(at=1.0, service="ollama", what="load")
+    assert "on the processor" in happened_words(beside)
+    assert happened_words(evolve(beside, mib=1_900)) == "loaded (1,900 MiB)"
 
 
 def test_one_line_where_there_is_no_terminal() -> None:

@@ -12,7 +12,7 @@ from mgpu_core.config import Consumer
 from mgpu_core.draft import Draft
 from mgpu_core.ordering import Believed, is_pinned
 from mgpu_core.planners import Holder, View
-from mgpu_core.state import Card, ConsumerState, Promise, Residency
+from mgpu_core.state import Card, ConsumerState, Promise, Residency, Source
 
 # A sample is good for so many poll intervals.
 GOOD_INTERVALS = 3
@@ -89,20 +89,29 @@ def free_mib(d: Draft, target: str, gpu: int) -> int | None:
     promised = sum(
         promise.mib.get(gpu, 0) for name, promise in d.promises.items() if name != target
     )
-    return card.free_mib - promised + _still_held_mib(d, target, gpu, card)
+    return card.free_mib - promised + _still_held_mib(d, target, gpu)
 
 
-def _still_held_mib(d: Draft, target: str, gpu: int, card: Card) -> int:
-    """What an unload that failed left with the target itself, as far as the card shows it."""
-    consumer, state = d.consumer(target), d.consumers[target]
-    if state.residency is not Residency.UNKNOWN or state.uncertain != "unload":
+def _still_held_mib(d: Draft, target: str, gpu: int) -> int:
+    """What the target itself holds of a card while it is not in, as far as the card shows it: all
+    that it held where its unload failed, else what its unload leaves behind.
+    """
+    consumer, state, card = d.consumer(target), d.consumers[target], good_card(d, gpu)
+    if card is None or gpu not in consumer.vram_mib:
+        return 0
+    if state.residency is Residency.UNKNOWN and state.uncertain == "unload":
+        own = held_mib(consumer, state, gpu)
+    elif state.residency is Residency.ABSENT and state.source is Source.COMMAND:
+        # Its process is still there: one that a driver has stopped has left nothing.
+        own = consumer.vram_residue_mib if d.goes_by_route(target) else 0
+    else:
         return 0
     others = sum(
         held_mib(d.consumer(name), d.consumers[name], gpu)
         for name in d.present()
         if name != target and d.consumers[name].residency is not Residency.ABSENT
     )
-    return max(0, min(held_mib(consumer, state, gpu), card.used_mib - others))
+    return max(0, min(own, card.used_mib - others))
 
 
 def _static_free_mib(d: Draft, target: str, gpu: int) -> int | None:
@@ -286,6 +295,8 @@ def promise_for(d: Draft, target: str) -> None:
     """Set aside what a swap will take; a target that is in already takes nothing."""
     consumer, state = d.consumer(target), d.consumers[target]
     needs = need_mib(consumer, state)
+    if state.residency is Residency.ABSENT:  # what it left behind is taken already
+        needs = {gpu: max(0, n - _still_held_mib(d, target, gpu)) for gpu, n in needs.items()}
     if consumer.vram_auto and not needs:
         needs = dict.fromkeys(consumer.vram_mib, 0)  # nothing is known, but it will be measured
     if needs and state.residency is not Residency.RESIDENT:

@@ -370,3 +370,28 @@ def test_a_pinned_one_is_not_emptied_even_for_itself() -> None:
     core = Core(lazy("c", 12_000, pinned=True), gpus=CARD_16)
     core.sample(free=3_500)
     assert core.request("r1", "c") == []
+
+
+def test_what_a_service_left_behind_itself_does_not_stand_in_its_way() -> None:
+    """13,000 fit beside 2,100 and a desktop of 768, the first time and every other time."""
+    residue = {"vram_residue_mib": 500}
+    core = Core(lazy("c", 13_000, **residue), service("w", 2_100), gpus=(Gpu(total_mib=16_384),))
+    core.sample(free=13_516)
+    assert core.request("r1", "c") == ["serve r1"]
+    core.sample(free=516)
+    core.finish("r1")
+    core.unload("c")
+    core.unloaded("c")
+    core.sample(free=13_016)  # its context stays
+    assert core.request("r2", "c") == ["serve r2"]
+    assert core.state.promises["c"].mib == {0: 12_500}
+
+
+def test_a_process_that_was_stopped_has_left_nothing_behind() -> None:
+    unit = Consumer(name="c", vram_mib={0: 13_000}, vram_residue_mib=500, driver="systemd")
+    core = Core(unit, service("w", 2_100), gpus=(Gpu(total_mib=16_384),))
+    core.sample(free=516)
+    core.unload("c")
+    core.unloaded("c")
+    core.sample(free=13_016)  # 500 more than w are somebody else's
+    assert core.request("r1", "c") == ["unload w"]

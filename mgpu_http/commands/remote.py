@@ -41,7 +41,7 @@ def call(arguments: Namespace, method: str, path: str) -> Any:
         raise _refused(error) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise CommandError(f"no broker answers at {url}: {reason}") from error
+        raise CommandError(f"no broker answers at {url}, is it running? ({reason})") from error
 
 
 def _refused(error: urllib.error.HTTPError) -> CommandError:
@@ -63,7 +63,8 @@ def consumer(arguments: Namespace) -> int:
     else:
         result(f"{answer['consumer']} is {answer['residency']}")
         for note in answer["notes"]:
-            result("  " + ", ".join(f"{key} {value}" for key, value in note.items()))
+            details = {key: value for key, value in note.items() if key not in {"type", "consumer"}}
+            result("  ".join(["", note["type"], *(f"{k}: {v}" for k, v in details.items())]))
     return DONE
 
 

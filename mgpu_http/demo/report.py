@@ -113,13 +113,10 @@ def comparison(halves: Mapping[Half, tuple[Tally, Sequence[Outcome]]]) -> Table:
     for kind in sorted({kind for one in kinds for kind in one}):
         table.add_row(f"{kind}: ok, mean wait", *(_answered(one.get(kind, ())) for one in kinds))
     table.add_section()
-    table.add_row("all: mean wait", *(_seconds(one.mean_wait_ms) for one in tallies))
-    table.add_row("95 % waited at most", *(_seconds(one.p95_wait_ms) for one in tallies))
-    table.add_section()
     table.add_row("loads", *(_count(one.loads) for one in tallies))
     table.add_row("evictions", *(_count(one.evictions) for one in tallies))
     table.add_row("out-of-memory crashes", *(_crashes(one.out_of_memory) for one in tallies))
-    table.caption = "waits: until the whole answer, where it was ok"
+    table.caption = "waits: until the whole answer, of those that got one"
     return table
 
 

@@ -95,7 +95,6 @@ def test_both_halves_are_in_the_table() -> None:
     assert ["ok", "2", "-"] in rows
     assert ["job_lost", "-", "2"] in rows
     assert ["llm: ok, mean wait", "2 of 2,  1.5 s", "0 of 2,      -"] in rows
-    assert ["all: mean wait", "1.5 s", "-"] in rows
     assert ["out-of-memory crashes", "0", "4"] in rows
 
 

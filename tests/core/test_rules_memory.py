@@ -3,6 +3,7 @@
 import pytest
 
 from mgpu_core.config import SECOND_US, Consumer, Gpu
+from mgpu_core.planners import View
 from tests.core.driver import Core, Table, service
 
 CARD_16 = (Gpu(total_mib=16_000),)
@@ -318,6 +319,25 @@ def test_a_planner_that_knows_no_set_leaves_it_in_the_queue() -> None:
     core = Core(service("b", 10_000), absent=["b"], planner=Never())
     assert core.request("r1", "b") == []
     assert core.queue == ["r1"]
+
+
+def test_a_planner_of_the_users_own_is_asked_anew_after_every_event() -> None:
+    class NeedsTwoUses:
+        def victims(self, target: str, view: View) -> tuple[str, ...] | None:
+            return () if target == "a" or view.holders["a"].uses > 1 else None
+
+    core = Core(
+        service("a", 4_000, max_concurrency=3),
+        service("b", 4_000),
+        absent=["b"],
+        planner=NeedsTwoUses(),
+        gpus=ANY_SLOTS,
+    )
+    for name in ("r1", "r2", "r3"):
+        core.request(name, "a")
+    core.request("r4", "b")
+    assert core.finish("r1") == []
+    assert core.finish("r2") == ["load b"]
 
 
 def test_the_view_of_a_planner_names_who_runs_in_order() -> None:

@@ -423,3 +423,18 @@ def test_a_sample_in_the_middle_of_a_load_does_not_make_it_unfit(when_unfit: str
     assert core.sample(free=20_000) == []
     assert core.queue == ["r2"]
     assert core.state.reasons["r2"].why != "unfit"
+
+
+def test_who_manages_its_memory_itself_does_not_wait_for_room_beside_one_of_the_same_size() -> None:
+    core = Core(
+        service("x", 4_000),
+        service("big", 13_000, priority=4),
+        service("own", 13_000, vram_managed=True),
+        absent=["big", "own"],
+        overlap_loads=False,
+    )
+    core.sample(free=6_000)
+    core.request("r1", "x")
+    assert core.request("r2", "big") == []  # other processes hold what it needs
+    assert core.request("r3", "own") == []  # nothing may load beside the work of x
+    assert core.finish("r1") == ["load own"]

@@ -59,7 +59,8 @@ class Consumer:
 
     @footprint.default
     def _footprint(self) -> Hashable:
-        return (tuple(self.vram_mib.items()), self.vram_load_mib, self.can_coexist_with)
+        needs = () if self.vram_managed else (*self.vram_mib.items(), self.vram_load_mib)
+        return (needs, tuple(self.vram_mib), self.can_coexist_with)
 
     @property
     def lazy(self) -> bool:

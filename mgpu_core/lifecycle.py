@@ -73,8 +73,6 @@ def on_reconfigured(d: Draft, event: Reconfigured) -> None:
     d.configure(in_order(evolve(new, consumers=consumers)))
     d.retired = kept
     d.preload_due = tuple(name for name in d.preload_due if name in consumers)
-    for name in d.consumers.keys() - consumers.keys():
-        d.give_up_promise(name)
     states: dict[str, ConsumerState] = {}
     for name, consumer in d.config.consumers.items():
         if name in d.consumers:
@@ -94,20 +92,20 @@ def retire(d: Draft) -> None:
         d.retired = tuple(name for name in d.retired if name not in gone)
         for name in gone:
             del d.consumers[name]
-            d.give_up_promise(name)
         d.preload_due = tuple(name for name in d.preload_due if name not in gone)
         d.configure(_without(d.config, gone))
         d.note("Retired", who=gone)
 
 
 def _alive(d: Draft, name: str) -> bool:
-    """Something of it is still here: memory or requests."""
+    """Something of it is still here: memory, also such as no sample shows free yet, or requests."""
     state = d.consumers[name]
     holds = state.residency is not Residency.ABSENT and not d.consumer(name).vram_managed
     return (
         holds
         or state.operation is not None
         or name in d.swaps
+        or name in d.promises
         or any(name in swap.victims for swap in d.swaps.values())
         or name in d.waiting
         or name in d.serving

@@ -46,13 +46,15 @@ def walk(d: Draft) -> None:
     A request of a consumer whose earlier one had to stay need not be looked at again: nothing in
     a walk comes free, it is only taken. Whatever does free something asks for another walk. Nor
     need anybody be looked at whom the event does not concern: who could not move on before it
-    can't now, unless time has passed that somebody waited for.
+    can't now, unless time has passed that somebody waited for, or a planner of the user's own,
+    of whom nothing is known, answers otherwise.
     """
     fences: list[Fence] = []
     stuck: dict[str, Reason] = {}
     promoted, others = walk_order(d)
     on_time = d.wake is None or d.at < d.wake
-    if d.concerned is not None and on_time and not promoted and not d.again:
+    as_before = on_time and d.own_planner is None and not promoted and not d.again
+    if d.concerned is not None and as_before:
         others = d.concerned
     for name in promoted:
         reason = _look(d, name, fences, stuck)

@@ -31,7 +31,7 @@ from mgpu_effects.calls import control_session
 from mgpu_effects.carry_out import Executor
 from mgpu_effects.clock import Clock
 from mgpu_effects.core_config import core_config
-from mgpu_effects.errors import BrokerError
+from mgpu_effects.errors import SHUTTING_DOWN, BrokerError
 from mgpu_effects.event_log import EventLog, default_dir
 from mgpu_effects.jobs import Job
 from mgpu_effects.proxy import open_session
@@ -75,6 +75,7 @@ class Broker:
         # Told of every step, in order; they may not raise.
         self.observers: list[Callable[[Transition], None]] = []
         self._seq = 0
+        self._ended = False
         # None ends the loop, after all that came before it; a future is only told its turn.
         self._inbox: asyncio.Queue[
             tuple[MakeEvent, Stepped | None] | asyncio.Future[None] | None
@@ -113,6 +114,7 @@ class Broker:
         await self._executor.finish_serving(self.settings.scheduler.shutdown_grace_s)
         await self._watch.close()
         await self._executor.close()
+        self._ended = True
         self._inbox.put_nowait(None)
         await self._loop
         await self._services.close()
@@ -134,7 +136,12 @@ class Broker:
     # ------------------------------------------------------------------------------------- jobs
 
     def submit(self, job: Job) -> None:
-        """Take over the job; `job.done` is set when its client has been answered."""
+        """Take over the job; `job.done` is set when its client has been answered.
+
+        Raises `shutting_down` when the broker has ended.
+        """
+        if self._ended:
+            raise SHUTTING_DOWN
         wait_us = None if job.max_wait_s is None else int(job.max_wait_s * SECOND_US)
         self._executor.add(job)
         self.post(
@@ -188,7 +195,12 @@ class Broker:
         self._inbox.put_nowait((make, None))
 
     async def apply(self, make: MakeEvent) -> Transition:
-        """Hand in an event and wait for its step; raises `scheduler_error` if there is none."""
+        """Hand in an event and wait for its step.
+
+        Raises `scheduler_error` if there is none, and `shutting_down` when the broker has ended.
+        """
+        if self._ended:
+            raise SHUTTING_DOWN
         stepped: Stepped = asyncio.get_running_loop().create_future()
         self._inbox.put_nowait((make, stepped))
         return await stepped

@@ -109,8 +109,11 @@ class Executor:
         error = _error("cancelled", "an operator cancelled it", job.consumer)
         if not job.decided:
             self.refuse(request, error)
+            return
         # For a client that has gone the proxy sees to it, for one that was answered who follows it.
-        elif not job.gone.is_set() and not job.done.is_set():
+        # Who is to follow needs the whole answer, as it names what an operator wants to end.
+        drained = job.gone.is_set() and (job.copy is not None or not job.revoked.is_set())
+        if not drained and not job.done.is_set():
             self._end(request, error)
 
     def _end(self, request: str, error: BrokerError) -> None:

@@ -193,7 +193,7 @@ class _Exchange:
         """The client has gone: end the call, or with `drain` only what is being sent."""
         drained = self.consumer.on_client_gone == "drain"
         scope = self.sending if drained else whole
-        if scope is not None:
+        if scope is not None and not scope.expired():
             scope.reschedule(0)
 
     async def _fail(self, error: BrokerError) -> None:

@@ -83,7 +83,8 @@ class Connection(TCPServer):
     def close_if_idle(self) -> None:
         """Close it unless a request is being answered."""
         if self._idle is not None:
-            self.writer.close()
+            self._flush()
+            self._end()
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):
@@ -110,14 +111,27 @@ class Connection(TCPServer):
             self._flush()
 
     def _flush(self) -> None:
-        if self._unsent:
+        if self._unsent and not self.writer.is_closing():
             self.writer.write(b"".join(self._unsent))
-            self._unsent.clear()
-            self._unsent_bytes = 0
+        self._unsent.clear()
+        self._unsent_bytes = 0
+
+    async def _close(self) -> None:
+        self.loop.call_soon(self._end)
+        await super()._close()
+
+    def _end(self, left_bytes: int | None = None) -> None:
+        """Close it; a client that takes nothing more of what it is still owed is cut off."""
+        self.writer.close()
+        unsent_bytes = self.writer.transport.get_write_buffer_size()
+        if unsent_bytes and unsent_bytes == left_bytes:
+            self.cut()
+        elif unsent_bytes:
+            self.loop.call_later(self.config.keep_alive_timeout, self._end, unsent_bytes)
 
     def _keep_for_a_while(self) -> None:
         self._no_longer_idle()
-        self._idle = self.loop.call_later(self.config.keep_alive_timeout, self.writer.close)
+        self._idle = self.loop.call_later(self.config.keep_alive_timeout, self._end)
 
     def _no_longer_idle(self) -> None:
         if self._idle is not None:

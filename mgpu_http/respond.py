@@ -11,9 +11,11 @@ from starlette.types import Message, Send
 
 from mgpu_effects.errors import BrokerError
 from mgpu_effects.jobs import Headers
+from mgpu_effects.waiting import within
 from mgpu_http.body import Intake
 
 LINGER_S = 2.0
+TAKES_NOTHING_S = 60  # for an answer of ours; for a consumer's it is `timeout_s.client_write`
 
 
 @lru_cache(maxsize=1)
@@ -45,6 +47,14 @@ class Reply:
         return self.complete or self.was_cut
 
     async def send(self, message: Message) -> None:
+        """Send what is ours; a client that takes nothing of it for too long is cut off."""
+        try:
+            await within(TAKES_NOTHING_S, self.pass_on(message))
+        except TimeoutError:
+            self.cut()
+
+    async def pass_on(self, message: Message) -> None:
+        """Send it, however long that takes."""
         self._intake.watch()
         if self._intake.gone.is_set() or self.over:
             return
@@ -93,15 +103,15 @@ class JobResponder:
         self.error: BrokerError | None = None
 
     async def start(self, status: int, headers: Headers) -> None:
-        await self._reply.send(
+        await self._reply.pass_on(
             {"type": "http.response.start", "status": status, "headers": headers}
         )
 
     async def write(self, chunk: bytes) -> None:
-        await self._reply.send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self._reply.pass_on({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def finish(self) -> None:
-        await self._reply.send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._reply.pass_on({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: BrokerError) -> None:
         self.error = error
@@ -109,7 +119,8 @@ class JobResponder:
             self.cut()
             return
         answer = error_response(error)
-        await self.start(error.status, answer.raw_headers)
+        head = {"type": "http.response.start", "status": error.status}
+        await self._reply.send({**head, "headers": answer.raw_headers})
         await self._reply.send(
             {"type": "http.response.body", "body": bytes(answer.body), "more_body": False}
         )

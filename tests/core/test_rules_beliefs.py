@@ -323,3 +323,18 @@ def test_the_total_of_a_sample_stands_in_for_one_that_is_not_configured() -> Non
     reading = ev.GpuReading(index=0, total_mib=16_000, used_mib=10_000, free_mib=6_000)
     core.send(ev.GpuSample, taken=core.at, gpus=(reading,))
     assert core.request("r1", "b") == ["unload a"]
+
+
+def test_who_left_the_configuration_keeps_its_memory_until_a_sample_shows_it_free() -> None:
+    core = Core(service("a", 13_000), service("b", 13_000), absent=["a", "b"])
+    core.sample(free=24_000)
+    core.request("r1", "a")
+    core.loaded("a")
+    core.finish("r1")
+    core.reconfigure(service("b", 13_000))
+    core.unload("a", force=True)
+    core.request("r2", "b")
+    assert core.unloaded("a") == []
+    assert core.request("r3", "b") == []  # the last sample is from before the load of a
+    assert core.sample(free=24_000) == ["load b"]
+    assert "a" not in core.state.consumers

@@ -3,6 +3,7 @@
 import pytest
 
 from mgpu_core.config import SECOND_US, Consumer, Gpu
+from mgpu_core.planners import View
 from tests.core.driver import Core, Table, service
 
 CARD_16 = (Gpu(total_mib=16_000),)
@@ -320,6 +321,25 @@ def test_a_planner_that_knows_no_set_leaves_it_in_the_queue() -> None:
     assert core.queue == ["r1"]
 
 
+def test_a_planner_of_the_users_own_is_asked_anew_after_every_event() -> None:
+    class NeedsTwoUses:
+        def victims(self, target: str, view: View) -> tuple[str, ...] | None:
+            return () if target == "a" or view.holders["a"].uses > 1 else None
+
+    core = Core(
+        service("a", 4_000, max_concurrency=3),
+        service("b", 4_000),
+        absent=["b"],
+        planner=NeedsTwoUses(),
+        gpus=ANY_SLOTS,
+    )
+    for name in ("r1", "r2", "r3"):
+        core.request(name, "a")
+    core.request("r4", "b")
+    assert core.finish("r1") == []
+    assert core.finish("r2") == ["load b"]
+
+
 def test_the_view_of_a_planner_names_who_runs_in_order() -> None:
     seen: list[tuple[str, ...]] = []
 
@@ -403,3 +423,18 @@ def test_a_sample_in_the_middle_of_a_load_does_not_make_it_unfit(when_unfit: str
     assert core.sample(free=20_000) == []
     assert core.queue == ["r2"]
     assert core.state.reasons["r2"].why != "unfit"
+
+
+def test_who_manages_its_memory_itself_does_not_wait_for_room_beside_one_of_the_same_size() -> None:
+    core = Core(
+        service("x", 4_000),
+        service("big", 13_000, priority=4),
+        service("own", 13_000, vram_managed=True),
+        absent=["big", "own"],
+        overlap_loads=False,
+    )
+    core.sample(free=6_000)
+    core.request("r1", "x")
+    assert core.request("r2", "big") == []  # other processes hold what it needs
+    assert core.request("r3", "own") == []  # nothing may load beside the work of x
+    assert core.finish("r1") == ["load own"]

@@ -481,6 +481,19 @@ async def test_a_client_that_takes_nothing_counts_as_gone(session, upstream, on_
     assert job.gone.is_set()
 
 
+async def test_a_client_may_leave_in_the_moment_in_which_its_time_is_over(session, upstream):
+    loop, failures = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _loop, context: failures.append(context))
+    job, _ = make_job("/late?do=never")
+    settings = consumer(upstream, Timeouts(total=0.3))
+    work = await served_until(job, session, settings, upstream)
+    (whole,) = job.gone.call.args
+    loop.call_at(whole.when() + 1e-6, job.gone.set)  # the loop takes both in one turn
+
+    assert await asyncio.wait_for(work, 5) == "disconnected"
+    assert failures == []
+
+
 async def test_a_client_that_closes_after_the_last_byte_had_its_answer(session, upstream):
     job, client = make_job("/x?do=text&body=hi")
     finish = client.finish

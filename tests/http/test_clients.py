@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from mgpu_http import respond, server
 from mgpu_http.body import MEMORY_BYTES
+from mgpu_http.connection import Connection
 from tests.support.facade import LIMIT_S, Client, Facade, config, facade
 from tests.support.upstream import Upstream, eventually
 
@@ -196,6 +198,70 @@ async def test_a_client_that_takes_nothing_counts_as_gone(
         await eventually(lambda: not broker.server.connections)
         metrics = (await broker.ask("GET", "/metrics")).body
         assert b'mgpu_requests_total{consumer="worker",kind="tts",outcome="gone"} 1.0' in metrics
+
+
+def send_buffers_of(broker: Facade, size: int) -> None:
+    """Leave the kernel little room for what clients don't take."""
+    for connection in broker.server.connections.values():
+        sock = connection.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+
+
+async def test_a_client_that_takes_nothing_of_our_own_answers_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(respond, "TAKES_NOTHING_S", 0.3)
+    async with facade(tmp_path, config(None)) as broker, stingy(broker) as client:
+        await eventually(lambda: broker.server.connections)
+        send_buffers_of(broker, 4096)
+        for _ in range(100):
+            await client.send("GET", "/openapi.json")
+        await eventually(lambda: not broker.server.connections)
+
+
+@pytest.mark.parametrize("header", ["Connection: close", "Connection: keep-alive"])
+async def test_a_client_that_does_not_take_the_end_of_its_answer_is_cut_off(
+    header: str, tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is over when the last of it is in our buffer, and that must not keep it."""
+    monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.2)
+    async with facade(tmp_path, config(upstream)) as broker, stingy(broker) as client:
+        await eventually(lambda: broker.server.connections)
+        send_buffers_of(broker, 4096)
+        order = "X-Upstream: do=bytes size=60000"
+        await client.send("POST", "/v1/tts", order, header, body=b"")
+        await eventually(lambda: upstream.count("/do/tts") == 1)
+        await eventually(lambda: not broker.server.connections)
+
+
+async def test_an_idle_connection_that_is_closed_has_sent_its_answer(
+    tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may end in the very turn in which an answer was made."""
+    keep = Connection._keep_for_a_while
+
+    def keep_and_close(connection: Connection) -> None:
+        keep(connection)
+        if connection.protocol.keep_alive_requests:  # type: ignore[attr-defined]
+            connection.close_if_idle()
+
+    monkeypatch.setattr(Connection, "_keep_for_a_while", keep_and_close)
+    async with facade(tmp_path, config(upstream)) as broker, broker.connect() as client:
+        await client.send("POST", "/v1/tts", "X-Upstream: do=stream chunks=1", body=b"")
+        assert (await client.answer()).complete
+
+
+async def test_what_is_no_http_after_a_refusal_ends_the_connection_quietly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with facade(tmp_path, config(None)) as broker, broker.connect() as client:
+        await client.send("POST", "/nothing", "Transfer-Encoding: chunked")
+        client.writer.write(b"5\r\nhello\r\n")
+        assert (await client.head()).status == 404
+        client.writer.write(b"no chunk\r\n")
+        await client.closed()
+        await eventually(lambda: not broker.server.connections)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_connection_serves_one_request_after_the_other(

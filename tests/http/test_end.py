@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mgpu_http import server
-from mgpu_http.server import MAX_HEAD_BYTES, bind
+from mgpu_http.server import LAST_ANSWERS_S, MAX_HEAD_BYTES, bind
 from tests.support.facade import Client, config, facade, serve_process, write_config
 from tests.support.upstream import Upstream, eventually
 
@@ -191,3 +191,19 @@ async def test_what_is_no_http_is_refused(tmp_path: Path) -> None:
     async with facade(tmp_path, config(None)) as broker, broker.connect() as client:
         client.writer.write(b"SSH-2.0-whatever\r\n\r\n")
         assert (await client.closed()).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_who_asks_after_the_end_of_the_broker_is_refused_at_once(tmp_path: Path) -> None:
+    async with facade(tmp_path, config(None)) as broker, broker.connect() as client:
+        await client.send("GET", "/healthz")
+        await client.answer()
+        await broker.broker.stop()
+        broker.broker.stop = no_more  # type: ignore[method-assign]
+        for body in (b"", bytes(100_000)):
+            await client.send("POST", "/v1/tts", body=body)
+            async with asyncio.timeout(LAST_ANSWERS_S):
+                assert (await client.answer()).error == "shutting_down"
+
+
+async def no_more() -> None:
+    """The test has stopped it."""

@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.facade import LIMIT_S, Facade, config, facade, write_config
-from tests.support.upstream import Upstream
+from tests.support.upstream import Upstream, eventually
 
 ROUTES = {"load": {"path": "/load"}, "unload": {"path": "/unload"}}
 
@@ -103,6 +103,23 @@ async def test_a_load_that_waits_is_seen_and_cancelled_as_a_request(
         await broker.until("cancelled", lambda s: s["consumers"]["worker"]["waiting"] == 0)
         assert (await broker.ask("GET", f"/v1/requests/{row['id']}")).error == "not_found"
         assert (await broker.ask("DELETE", f"/v1/requests/{row['id']}")).error == "not_found"
+
+
+async def test_what_is_read_to_its_end_for_a_client_that_left_can_be_cancelled(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    content = config(upstream, worker={"on_client_gone": "drain"})
+    async with facade(tmp_path, content) as broker:
+        async with broker.connect() as client:
+            await client.send("POST", "/v1/tts", "X-Upstream: do=never", body=b"")
+            await broker.until("served", lambda s: s["scheduler"]["in_flight"] == 1)
+            (row,) = (await broker.status())["requests"]
+            job = broker.broker._executor.get(row["id"])
+            assert job is not None
+        await job.gone.wait()
+        await broker.ask("DELETE", f"/v1/requests/{row['id']}")
+        await broker.until("over", lambda s: s["scheduler"]["in_flight"] == 0)
+        await eventually(lambda: upstream.stats()["active"] == 0)
 
 
 async def test_load_and_unload(tmp_path: Path, upstream: Upstream) -> None:

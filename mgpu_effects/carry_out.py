@@ -113,8 +113,17 @@ class Executor:
         # For a client that has gone the proxy sees to it, for one that was answered who follows it.
         # Who is to follow needs the whole answer, as it names what an operator wants to end.
         drained = job.gone.is_set() and (job.copy is not None or not job.revoked.is_set())
-        if not drained and not job.done.is_set():
+        if drained or job.done.is_set():
+            return
+        if job.copy is not None and self._services[job.consumer].on_client_gone == "drain":
+            self._supervise(self._let_go(job, error), lambda _task: None)
+        else:
             self._end(request, error)
+
+    async def _let_go(self, job: Job, error: BrokerError) -> None:
+        """Give the client the error, and read on: the answer names what is to be cancelled."""
+        await self._answer(job, error)
+        job.gone.set()
 
     def _end(self, request: str, error: BrokerError) -> None:
         """Close the call of a job that is being served, and give its client the error."""

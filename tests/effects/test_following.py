@@ -297,6 +297,26 @@ async def test_an_operator_cancels_what_the_service_works_at(
     assert service.bodies[-2:] == [{"delete": [prompt_id]}, {"prompt_id": prompt_id}]
 
 
+async def test_an_operator_cancels_before_the_service_has_said_what_the_job_is(
+    tmp_path: Path, service: ComfyUI
+) -> None:
+    async with broker_before(tmp_path, service) as broker:
+        service.hold = asyncio.Event()
+        painting = asyncio.create_task(paint(broker))
+        await eventually(lambda: service.running)
+        (request,) = [one["id"] for one in (await broker.status())["requests"]]
+
+        assert (await broker.ask("DELETE", f"/v1/requests/{request}")).json()["cancelled"]
+
+        assert (await painting).json()["error"] == "cancelled"
+        assert logged(tmp_path / "log", "ServeDone") == []  # it may be at work
+        prompt_id = service.running[0]
+        service.hold.set()
+        await outcomes(broker, tmp_path, 1)
+    assert service.bodies[-1] == {"prompt_id": prompt_id}
+    assert service.running == []
+
+
 @pytest.mark.parametrize("failed", [FAILS, None])
 async def test_a_cancelled_job_is_no_failure_of_the_service(
     tmp_path: Path, service: ComfyUI, failed: Any

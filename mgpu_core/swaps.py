@@ -198,6 +198,8 @@ def _settle(d: Draft, swap: Swap) -> bool:
         return False
     if swap.failed:
         return _plan_anew(d, swap, because="an unload failed")
+    if not cards and view_for(d, swap.target, max_evictions=0).missing_mib():
+        return _plan_anew(d, swap, because="others are in its place now")
     if not newer:
         d.note("UnloadBelieved", consumer=swap.target, epoch=swap.epoch)
         return _load(d, d.turn(swap, Turn.ROOM))

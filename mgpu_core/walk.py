@@ -7,15 +7,18 @@ from mgpu_core.config import Consumer
 from mgpu_core.draft import Draft
 from mgpu_core.memory import (
     alike,
+    at_work,
     cooling_down,
     cushion_mib,
     free_mib,
     gain_mib,
     good_card,
     held_mib,
+    is_busy,
     may_be_evicted,
     need_mib,
     promise_granted,
+    stops_with,
 )
 from mgpu_core.notes import Reason, Why
 from mgpu_core.ordering import walk_order
@@ -147,6 +150,8 @@ def _bring_in(
     if victims is None:
         missing = d.remember(("no set", alike(d, name)), lambda: _no_set(d, name))
         if missing.why is Why.UNFIT and _may_hold_some(d, name):
+            if working := _working(d, name):
+                return Reason(why=Why.VICTIM_AT_WORK, who=working)
             d.start_unload(name, d.next_epoch(), because="what it may hold is in its own way")
             return Reason(why=Why.UNLOADING)
         if missing.why is not Why.UNFIT or d.config.when_unfit == "wait":
@@ -181,6 +186,12 @@ def _may_hold_some(d: Draft, name: str) -> bool:
         and name not in d.swaps
         and may_be_evicted(d, name)
     )
+
+
+def _working(d: Draft, name: str) -> tuple[str, ...]:
+    """Who would have to stop work if it were unloaded: itself, or others of its server."""
+    itself = (name,) if name in d.serving or is_busy(d, name) else ()
+    return itself + tuple(one for one in stops_with(d, name) if at_work(d, one))
 
 
 def may_serve(d: Draft, name: str) -> bool:

@@ -95,3 +95,37 @@ def test_a_footprint_on_auto_is_not_taken_while_others_move() -> None:
     core.loaded("b")
     core.sample(free=2_000)
     assert core.state.consumers["a"].measured_mib is None
+
+
+# The simulated world of tests/sim found these.
+
+
+def test_a_lazy_service_at_work_for_somebody_else_is_not_told_to_let_go() -> None:
+    core = Core(lazy("a", 11_000), gpus=CARD)
+    core.sample(free=4_000)
+    core.probe("a", busy=True)
+    assert core.request("r1", "a") == []
+    assert core.probe("a", busy=False) == ["unload a"]
+
+
+def test_a_lazy_service_is_not_told_to_let_go_while_it_serves() -> None:
+    """Its first request failed, and a second one is served still."""
+    core = Core(lazy("a", 11_000, max_concurrency=2), gpus=CARD)
+    core.sample(free=15_000)
+    core.request("r1", "a")
+    core.request("r2", "a")
+    core.sample(free=10_500)
+    core.finish("r1", outcome="upstream_error")
+    core.sample(free=10_500)
+    assert core.request("r3", "a") == []
+    assert core.finish("r2", outcome="upstream_error") == ["unload a"]
+
+
+def test_who_came_in_while_a_swap_unloaded_is_not_forgotten_where_no_sample_tells() -> None:
+    core = Core(
+        service("a", 11_000), service("b", 8_000), service("c", 9_000), gpus=CARD, absent=["b", "c"]
+    )
+    assert core.request("r1", "b") == ["unload a"]
+    core.probe("c", resident=True)
+    assert core.unloaded("a") == ["unload c"]
+    assert core.unloaded("c") == ["load b"]

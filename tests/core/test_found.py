@@ -129,3 +129,15 @@ def test_who_came_in_while_a_swap_unloaded_is_not_forgotten_where_no_sample_tell
     core.probe("c", resident=True)
     assert core.unloaded("a") == ["unload c"]
     assert core.unloaded("c") == ["load b"]
+
+
+def test_what_refused_once_while_it_served_is_taken_for_loaded_when_it_has_served() -> None:
+    """It answered again in the middle of its work, and was held for empty ever after."""
+    core = Core(service("a", 11_000), gpus=CARD)
+    assert core.request("r1", "a") == ["serve r1"]
+    core.probe("a", failure="refused")
+    core.probe("a")
+    assert core.residency("a") == "absent"
+    core.finish("r1")
+    core.probe("a")
+    assert core.residency("a") == "resident"

@@ -10,7 +10,7 @@ Nothing here reads a clock or makes chance: time is virtual, and whoever calls b
 from mgpu_core.simulation.chance import Chance
 from mgpu_core.simulation.faults import Faults, swarm
 from mgpu_core.simulation.oracles import ORACLES, Judge, Violation
-from mgpu_core.simulation.run import Report, campaign, play, smallest
+from mgpu_core.simulation.run import Report, campaign, first_violation, play, smallest
 from mgpu_core.simulation.world import Ask, Script, World
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Violation",
     "World",
     "campaign",
+    "first_violation",
     "play",
     "smallest",
     "swarm",

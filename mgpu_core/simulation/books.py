@@ -53,6 +53,7 @@ class Books:
     pins: dict[str, bool] = field(factory=dict)
     # Whom an operator wants out, and whether by name.
     leaving: dict[str, bool] = field(factory=dict)
+    probed: dict[str, int] = field(factory=dict)
     busy: dict[str, int] = field(factory=dict)
     last_done: dict[str, int] = field(factory=dict)
     unloaded_at: dict[str, int] = field(factory=dict)
@@ -75,6 +76,7 @@ class Books:
             orders=dict(self.orders),
             pins=dict(self.pins),
             leaving=dict(self.leaving),
+            probed=dict(self.probed),
             busy=dict(self.busy),
             last_done=dict(self.last_done),
             unloaded_at=dict(self.unloaded_at),
@@ -153,8 +155,9 @@ def turn(step: Step) -> Books:
         books = Books(arrivals=books.arrivals, highest_epoch=books.highest_epoch)
     _note_event(books, step)
     _note_overdue(books, step)
+    tickets = step.books.waiting | books.waiting
     _note_decisions(books, step)
-    _note_phases(books, step)
+    _note_phases(books, step, tickets)
     return books
 
 
@@ -177,11 +180,19 @@ def _note_event(books: Books, step: Step) -> None:
         case ev.Unload():
             named = bool(event.consumers)
             books.leaving |= dict.fromkeys(event.consumers or step.after.config.consumers, named)
-        case ev.ProbeResult() if event.healthy and event.busy is not None:
-            if event.busy and event.taken >= books.busy.get(event.consumer, -1):
-                books.busy[event.consumer] = min(event.taken, step.at)
-            else:
-                books.busy.pop(event.consumer, None)
+        case ev.ProbeResult():
+            _note_probe(books, step, event)
+
+
+def _note_probe(books: Books, step: Step, event: ev.ProbeResult) -> None:
+    name, taken = event.consumer, min(event.taken, step.at)
+    if taken < books.probed.get(name, taken):
+        return  # older than the last one: it tells nothing
+    books.probed[name] = taken
+    if event.healthy and event.busy:
+        books.busy[name] = taken
+    elif event.healthy and event.busy is False:
+        books.busy.pop(name, None)
 
 
 def _is_admitted(books: Books, step: Step, event: ev.Request) -> bool:
@@ -263,12 +274,11 @@ def _note_decisions(books: Books, step: Step) -> None:
                 )
 
 
-def _note_phases(books: Books, step: Step) -> None:
+def _note_phases(books: Books, step: Step, tickets: Mapping[str, Ticket]) -> None:
     """Count who overtook whom, and remember who is owed."""
     requests = step.after.requests
     joined = frozenset(n for n in books.waiting if n in requests and _joined(step.after, n))
     served = {one.request for one in step.served}
-    tickets = step.books.waiting | books.waiting
     moved = [n for n in tickets if n in served or (n in joined and n not in step.books.joined)]
     for name in books.waiting:
         if name in joined or name in step.books.joined:

@@ -29,6 +29,7 @@ class Faults:
     job_crashes: int = 0  # the whole service dies while it serves
     leaves_at_grant: int = 0  # the client goes in the very moment of its grant
     answered_twice: int = 0
+    answer_lost: int = 0  # the answer to a load or unload
     answered_late: int = 0  # and so out of order
 
     client_leaves: int = 0

@@ -77,14 +77,15 @@ def _consumer(chance: Chance, name: str, cards: int, *, fair: bool) -> Consumer:
     if likely(chance, 60):
         used = []  # on the processor
     size = pick(chance, SIZES_MIB)
+    server = pick(chance, ("one", "two")) if driver == "process" else name
     return Consumer(
         name=name,
-        server=pick(chance, ("one", "two")) if driver == "process" else name,
-        server_concurrency=pick(chance, (None, None, 2)) if driver == "process" else None,
-        vram_mib={gpu: min(size, 20_000) if fair else size for gpu in used},
+        server=server,
+        server_concurrency=2 if server == "two" else None,
+        vram_mib={gpu: min(size, 18_000) if fair else size for gpu in used},
         vram_load_mib=pick(chance, (0, 0, 0, 11_000)),
         vram_residue_mib=pick(chance, (0, 0, 400)),
-        vram_auto=likely(chance, 150),
+        vram_auto=likely(chance, 150) and (size > 0 or not fair),
         vram_managed=not fair and likely(chance, 80),
         gpu_slot=not likely(chance, 150),
         load_route=load_route,

@@ -12,7 +12,7 @@ from mgpu_core import effects as fx
 from mgpu_core import events as ev
 from mgpu_core.config import Consumer
 from mgpu_core.invariants import violations
-from mgpu_core.notes import Why
+from mgpu_core.notes import Note, Why
 from mgpu_core.scheduler import Scheduler, Transition
 from mgpu_core.simulation import ledger
 from mgpu_core.simulation.books import Books, Step, Ticket, refusals, shares_card, together, turn
@@ -139,8 +139,19 @@ def _takes(step: Step, request: str, waiting: Ticket) -> bool:
     if _takes_slot(step, consumer, mine):
         return True
     first = next((one.request for one in step.served if one.consumer == consumer.name), request)
-    was_in = _is_in(step.before, consumer.name) or first != request
+    seen = any(note.details.get("new") == "resident" for note in _moves(step, consumer.name))
+    was_in = _is_in(step.before, consumer.name) or first != request or seen
     return _takes_memory(step, consumer, mine, was_in=was_in)
+
+
+def _moves(step: Step, name: str) -> list[Note]:
+    """What a probe or a sample just told of a consumer."""
+    by_eye = {"seen resident", "seen absent"}
+    return [
+        note
+        for note in step.notes
+        if note.type == "Moved" and note.consumer == name and note.details["because"] in by_eye
+    ]
 
 
 def _full(step: Step, consumer: Consumer) -> bool:
@@ -235,8 +246,8 @@ def _after_unloads(
 
 def _still_held(step: Step, target: str, gpu: int) -> int:
     """After a failed unload of the target itself, its memory counts as free for it."""
-    belief = step.before.consumers.get(target)
-    failed = belief is not None and belief.uncertain == "unload"
+    beliefs = (step.before.consumers.get(target), step.after.consumers.get(target))
+    failed = any(belief is not None and belief.uncertain == "unload" for belief in beliefs)
     return ledger.held(step.after, step.consumer(target), gpu) if failed else 0
 
 
@@ -273,8 +284,18 @@ def _claims(step: Step, name: str, unload: fx.StartUnload) -> Iterator[str]:
     if order and step.at < order.deadline and not answered:
         yield f"has an {order.kind} under way"
     waiting = [n for n, one in step.now.owed.items() if one == name]
-    if waiting and name not in step.now.leaving:
+    if waiting and name not in step.now.leaving and not _for_itself(step, unload):
         yield f"is owed to {waiting}"
+
+
+def _for_itself(step: Step, unload: fx.StartUnload) -> bool:
+    """A lazy one lets go of what an earlier first request left, for those who wait for it."""
+    itself = "what it may hold is in its own way"
+    return any(
+        note.consumer == unload.consumer and note.details["because"] == itself
+        for note in step.notes
+        if note.type == "Unloading"
+    )
 
 
 def one_load(step: Step) -> Iterator[str]:
@@ -387,8 +408,10 @@ def bounded_overtaking(step: Step) -> Iterator[str]:
         takers = {one.request for one in step.served if _takes(step, one.request, ticket)}
         if takers:
             step.now.takers[name] = step.now.takers.get(name, frozenset()) | takers
-        if bound is not None and len(step.now.takers.get(name, ())) > 3 * bound:
-            yield f"{name} was overtaken by {sorted(step.now.takers[name])}, the bound is {bound}"
+        all_takers = step.now.takers.get(name, frozenset())
+        high = all_takers & step.now.higher.get(name, frozenset())
+        if bound is not None and (len(all_takers - high) > bound or len(high) > 2 * bound):
+            yield f"{name} was overtaken by {sorted(all_takers)}, the bound is {bound}"
 
 
 def nothing_left_of_a_cancelled(step: Step) -> Iterator[str]:
@@ -582,7 +605,8 @@ def no_churn(step: Step) -> Iterator[str]:
         for name in step.going(unload):
             waiting = [n for n, one in step.books.owed.items() if one == name]
             still = [n for n in waiting if n in step.now.waiting]
-            if still and name not in step.now.leaving and _is_in(step.before, name):
+            asked = name in step.now.leaving or _for_itself(step, unload)
+            if still and not asked and _is_in(step.before, name):
                 yield f"{name} was loaded for {still} and goes before it served them"
     most = 4 * (len(step.before.requests) + len(step.after.consumers)) + 16
     if len(step.effects) > most:

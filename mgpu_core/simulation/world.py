@@ -179,6 +179,7 @@ class World:
         self.last_event: ev.Event | None = None
         self.lanes: dict[str, deque[Command]] = {}
         self._alarm: int | None = None
+        self._lost: list[tuple[int, Callable[..., ev.Event], Any]] = []
         self._heap: list[tuple[int, int, Happening, tuple[Any, ...]]] = []
         self._order = 0
         self._traits = dict(traits or {})
@@ -227,6 +228,9 @@ class World:
         for lane in list(self.lanes.values()):
             if lane:
                 self._in(MS_US, self._finish, lane[0])
+        for lost in self._lost:
+            self._in(MS_US, self._arrive, *lost)
+        self._lost.clear()
         if self._alarm is not None:
             self._at(max(self.now, self._alarm), self._tick, self._alarm)
 
@@ -420,7 +424,8 @@ class World:
         timeout_us = self.config.load_timeout_us if loads else self.config.unload_timeout_us
         if self._fault(f"{which}_hangs"):
             us = timeout_us + self.chance.randint(1, 30) * SECOND_US
-        elif self._fault(f"{which}_fails"):
+        elif not (loads and service.loaded) and self._fault(f"{which}_fails"):
+            # To load what is loaded is nothing to do, and does not fail.
             command.error = f"{which}_failed"
         elif loads and self._fault("load_late"):
             us *= 4
@@ -457,7 +462,10 @@ class World:
         return self._answer(command.kind, fields)
 
     def _answer(self, kind: Callable[..., ev.Event], fields: Any) -> ev.Event | None:
-        """Send an answer: once, twice, or after others."""
+        """Send an answer: once, twice, after others, or only when all is well again."""
+        if kind is not ev.ServeDone and self._fault("answer_lost"):
+            self._lost.append((self.runs, kind, fields))
+            return None
         if self._fault("answered_twice"):
             self._in(self.chance.randint(0, 3) * SECOND_US, self._arrive, self.runs, kind, fields)
         if self._fault("answered_late"):

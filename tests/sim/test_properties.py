@@ -25,7 +25,7 @@ PROFILE = settings(
 )
 CHANCE = st.randoms(use_true_random=False)
 # Enough that every label of `reach` is reached, with seeds to spare.
-SEEDS = range(150)
+SEEDS = range(120)
 
 
 def told(report: Report) -> str:

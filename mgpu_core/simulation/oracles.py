@@ -248,6 +248,7 @@ def _still_held(step: Step, target: str, gpu: int) -> int:
     """After a failed unload of the target itself, its memory counts as free for it."""
     beliefs = (step.before.consumers.get(target), step.after.consumers.get(target))
     failed = any(belief is not None and belief.uncertain == "unload" for belief in beliefs)
+    failed = failed or any(n.type == "UnloadFailed" and n.consumer == target for n in step.notes)
     return ledger.held(step.after, step.consumer(target), gpu) if failed else 0
 
 

@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint run real bench picture deploy rollback try-deploy clean
+.PHONY: help demo test lint run real bench picture deploy rollback try-deploy fuzz clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ lint: $(READY) ## ruff, mypy --strict and the arrow of imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: $(READY) ## the properties with fresh seeds, for SECONDS=60, or once more with SEED=N
+	$(BIN)/python -m tests.sim.fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 run: $(INSTALLED) ## the broker in front of the services of config/consumers.yaml
 	$(BIN)/mgpu serve --config config/consumers.yaml

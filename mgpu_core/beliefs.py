@@ -35,7 +35,7 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     if state.unreachable:
         d.note("Healthy", consumer=name)
         d.again = True
-    d.update(name, healthy=True, refused=False, probe_failures=0, probe_error=None)
+    d.update(name, healthy=True, probe_failures=0, probe_error=None)
     quiet = (
         state.operation is None
         and name not in d.swaps
@@ -48,6 +48,8 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     elif quiet and state.refused:
         assumed = assumed_residency(d.consumer(name)) is Residency.RESIDENT
         _see(d, name, resident=assumed, source=Source.ASSUMED)
+    if quiet:
+        d.update(name, refused=False)  # until then, what it holds after its refusal is not known
     settled = event.taken > state.moved and state.starter is None
     if event.vram_mib and settled and d.consumers[name].residency is Residency.RESIDENT:
         d.update(name, measured_mib=event.vram_mib)

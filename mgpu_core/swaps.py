@@ -270,14 +270,15 @@ def finish(d: Draft, swap: Swap) -> None:
 
 
 def room_is_gone(d: Draft, target: str) -> bool:
-    """Does a sample show that the memory cleared for a cold start was taken since?
+    """Was the memory cleared for a cold start taken since?
 
-    A promise binds only whom the core tracks; others may take it while the first request waits.
+    A promise binds only whom the core tracks; others may take it while the first request waits,
+    which a newer sample shows. Without a sample what is believed may have changed: one came back.
     """
     state = d.consumers[target]
     cards = [good_card(d, gpu) for gpu in need_mib(d.consumer(target), state)]
     newer = any(card and card.taken > state.touched for card in cards)
-    return newer and bool(view_for(d, target, max_evictions=0).missing_mib())
+    return (newer or not any(cards)) and bool(view_for(d, target, max_evictions=0).missing_mib())
 
 
 def give_up_cold_start(d: Draft, target: str) -> None:

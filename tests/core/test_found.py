@@ -1,5 +1,7 @@
 """Defects that tests over HTTP found in the core, each on the shortest history that showed it."""
 
+import pytest
+
 from mgpu_core.config import Gpu
 from tests.core.driver import Core, lazy, service
 
@@ -129,3 +131,40 @@ def test_who_came_in_while_a_swap_unloaded_is_not_forgotten_where_no_sample_tell
     core.probe("c", resident=True)
     assert core.unloaded("a") == ["unload c"]
     assert core.unloaded("c") == ["load b"]
+
+
+def test_what_refused_once_while_it_served_is_taken_for_loaded_when_it_has_served() -> None:
+    """It answered again in the middle of its work, and was held for empty ever after."""
+    core = Core(service("a", 11_000), gpus=CARD)
+    assert core.request("r1", "a") == ["serve r1"]
+    core.probe("a", failure="refused")
+    core.probe("a")
+    assert core.residency("a") == "absent"
+    core.finish("r1")
+    core.probe("a")
+    assert core.residency("a") == "resident"
+
+
+def test_memory_cleared_for_a_cold_start_is_not_there_when_another_came_back_unsampled() -> None:
+    core = Core(service("x"), service("a", 11_000), lazy("f", 8_000), gpus=CARD, absent=["a"])
+    assert core.request("r1", "x") == ["serve r1"]
+    assert core.request("r2", "f") == []  # its memory is set aside, the slot is not free
+    core.probe("a", resident=True)
+    assert core.finish("r1") == ["unload a"]
+    assert core.unloaded("a") == ["serve r2"]
+
+
+@pytest.mark.xfail(reason="core.md 4.3: after a failed load it gains nothing, whatever it holds")
+def test_a_load_that_fails_after_an_unload_that_failed_leaves_a_victim() -> None:
+    """It was never unloaded, so it holds its memory still; no probe tells. Others wait for ever."""
+    core = Core(service("a", 11_000), service("b", 8_000), gpus=CARD, absent=["b"])
+    core.sample(free=4_000)
+    core.request("r1", "b")
+    core.unloaded("a", error="unload_failed")
+    core.cancel("r1")
+    core.sample(free=4_000)
+    assert core.request("r2", "a") == ["load a"]
+    core.loaded("a", error="load_failed")
+    core.wait(20)
+    core.sample(free=4_000)
+    assert core.request("r3", "b") == ["unload a"]

@@ -1,0 +1,188 @@
+"""Configurations and traffic, drawn: from nobody on no card to a dozen on several."""
+
+from collections.abc import Sequence
+
+from attrs import evolve, frozen
+
+from mgpu_core import events as ev
+from mgpu_core.config import SECOND_US, Config, Consumer, Gpu, config_of
+from mgpu_core.simulation.chance import Chance, likely, pick
+from mgpu_core.simulation.faults import Faults
+from mgpu_core.simulation.world import Act, Ask, BrokerCrash, Busy, ClockStops, Foreign, Script
+
+NAMES = "abcdefghijkl"
+FOREVER_US = 10**6 * SECOND_US
+SIZES_MIB = (4_000, 9_000, 13_000, 18_000, 2_000, 23_000, 0)
+# How a service is loaded and unloaded: load route, unload route, driver.
+WAYS: tuple[tuple[bool, bool, str], ...] = (
+    (True, True, "none"),
+    (False, True, "none"),
+    (True, True, "none"),
+    (False, False, "process"),
+    (False, False, "systemd"),
+    (True, True, "systemd"),
+    (False, True, "systemd"),
+    (False, False, "none"),
+)
+
+
+@frozen(kw_only=True)
+class Setting:
+    """One run to be: a configuration and what happens to it. `fair`: nothing is in anybody's way
+    for ever, so that each wait must end by itself.
+    """
+
+    config: Config
+    script: Script
+    faults: Faults
+    fair: bool
+
+
+def draw_config(chance: Chance, *, fair: bool) -> Config:
+    cards = pick(chance, (1, 1, 1, 2, 3))
+    count = pick(chance, (3, 4, 2, 1, 5, 6, 8, 12, 0))
+    sizes = [SIZES_MIB] * cards
+    gpus = tuple(
+        Gpu(
+            index=index,
+            total_mib=pick(chance, (24_000, 24_000, 24_000, 16_000 if not fair else 24_000, None)),
+            cushion_mib=pick(chance, (256, 0)),
+            max_parallel=pick(chance, (1, 1, 2, None)),
+        )
+        for index in range(len(sizes))
+    )
+    consumers = [_consumer(chance, name, cards, fair=fair) for name in NAMES[:count]]
+    return config_of(
+        *consumers,
+        gpus=gpus,
+        eviction=pick(chance, ("lru", "lru", "gdsf")),
+        overtake_bound=pick(chance, (2, 1, 8, None)),
+        max_evictions=5 if fair else pick(chance, (5, 5, 2, 1)),
+        when_unfit=pick(chance, ("wait", "wait", "reject", "admit")) if not fair else "wait",
+        overlap_loads=not likely(chance, 200),
+        queue_timeout_us=FOREVER_US if fair else pick(chance, (300, 60, 30)) * SECOND_US,
+        # In a fair setting one server's commands may wait for each other without a time-out.
+        load_timeout_us=pick(chance, (300, 120) if fair else (60, 20, 300)) * SECOND_US,
+        unload_timeout_us=pick(chance, (120, 200) if fair else (20, 5, 60)) * SECOND_US,
+        settle_timeout_us=pick(chance, (10, 3)) * SECOND_US,
+        restore_after_us=pick(chance, (None, None, 30 * SECOND_US)),
+        poll_interval_us=pick(chance, (2, 1, 5)) * SECOND_US,
+        probe_interval_us=pick(chance, (5, 10)) * SECOND_US,
+    )
+
+
+def _consumer(chance: Chance, name: str, cards: int, *, fair: bool) -> Consumer:
+    load_route, unload_route, driver = pick(chance, WAYS[:-1] if fair else WAYS)
+    used = [g for g in range(cards) if likely(chance, 400)] or [chance.randint(0, cards - 1)]
+    if likely(chance, 60):
+        used = []  # on the processor
+    size = pick(chance, SIZES_MIB)
+    server = pick(chance, ("one", "two")) if driver == "process" else name
+    return Consumer(
+        name=name,
+        server=server,
+        server_concurrency=2 if server == "two" else None,
+        vram_mib={gpu: min(size, 18_000) if fair else size for gpu in used},
+        vram_load_mib=pick(chance, (0, 0, 0, 11_000)),
+        vram_residue_mib=pick(chance, (0, 0, 400)),
+        vram_auto=likely(chance, 150) and (size > 0 or not fair),
+        vram_managed=not fair and likely(chance, 80),
+        gpu_slot=not likely(chance, 150),
+        load_route=load_route,
+        unload_route=unload_route,
+        driver=driver,  # type: ignore[arg-type]
+        can_coexist_with=() if fair or not likely(chance, 200) else pick(chance, (("a",), ("b",))),
+        priority=pick(chance, (2, 2, 0, 4)),
+        max_concurrency=pick(chance, (1, 1, 2, 10)),
+        max_pending=pick(chance, (64, 64, 3)),
+        pinned=not fair and likely(chance, 80),
+        preload=likely(chance, 200),
+        idle_unload_us=pick(chance, (None, None, None, 20 * SECOND_US)),
+    )
+
+
+def draw_script(chance: Chance, config: Config, faults: Faults, *, acts: int) -> Script:
+    """Draw who comes when, and what else happens; the waits between are short and long ones."""
+    names = tuple(config.consumers) or ("nobody",)
+    script: list[tuple[int, Act]] = []
+    at = 100_000
+    hurry_us = pick(chance, (2_000, 500, 5_000, 200)) * 1_000
+    for _ in range(acts):
+        at += chance.randint(0, 20) * hurry_us // 10
+        if likely(chance, 30):
+            at += pick(chance, (30, 90)) * SECOND_US
+        script += ((at + later, act) for later, act in _other_acts(chance, config, names, faults))
+        script.append((at, _ask(chance, names, faults)))
+    return tuple(sorted(script, key=lambda item: item[0]))
+
+
+def _ask(chance: Chance, names: Sequence[str], faults: Faults) -> Ask:
+    leaves = likely(chance, faults.client_leaves)
+    return Ask(
+        consumer=pick(chance, names),
+        work_us=pick(chance, (1_000, 200, 5_000, 20_000)) * 1_000,
+        priority=pick(chance, (None, None, None, 0, 2, 4)),
+        patience_us=chance.randint(0, 100) * 200_000 if leaves else None,
+        deadline_us=chance.randint(1, 30) * SECOND_US if likely(chance, 60) else None,
+    )
+
+
+def _other_acts(
+    chance: Chance, config: Config, names: Sequence[str], faults: Faults
+) -> list[tuple[int, Act]]:
+    """Draw what else happens about then: microseconds later, and what."""
+    acts: list[tuple[int, Act]] = []
+    if likely(chance, faults.foreign // 3):
+        gpu = chance.randint(0, max(0, len(config.gpus) - 1))
+        acts.append((0, Foreign(gpu=gpu, mib=pick(chance, (6_000, 2_000, 15_000)))))
+        acts.append((chance.randint(1, 60) * SECOND_US, Foreign(gpu=gpu, mib=0)))
+    if likely(chance, faults.busy // 3):
+        acts.append((0, Busy(consumer=pick(chance, names), us=chance.randint(1, 30) * SECOND_US)))
+    if likely(chance, faults.operator // 3):
+        acts.append((0, _operator(chance, names)))
+    if likely(chance, faults.reconfigured // 6):
+        acts.append((0, ev.Reconfigured(at=0, config=_changed(chance, config))))
+        acts.append((20 * SECOND_US, ev.Reconfigured(at=0, config=config)))
+    if likely(chance, faults.broker_crashes // 10):
+        acts.append((0, BrokerCrash(down_us=chance.randint(1, 20) * 500_000)))
+    if likely(chance, faults.clock_stops // 6):
+        acts.append((0, ClockStops(us=chance.randint(1, 20) * SECOND_US)))
+    if likely(chance, faults.operator // 20):
+        acts += [(0, ev.Drain(at=0)), (chance.randint(1, 10) * SECOND_US, ev.Resume(at=0))]
+    return acts
+
+
+def _operator(chance: Chance, names: Sequence[str]) -> ev.Event:
+    name = pick(chance, names)
+    acts: tuple[ev.Event, ...] = (
+        ev.Unload(at=0, consumers=(name,)),
+        ev.Unload(at=0, consumers=(name,), force=True),
+        ev.Unload(at=0),
+        ev.Load(at=0, consumer=name),
+        ev.Load(at=0, consumer=name, only_if_free=True),
+        ev.Pin(at=0, consumer=name, pinned=True),
+        ev.Pin(at=0, consumer=name, pinned=False),
+    )
+    return pick(chance, acts)
+
+
+def _changed(chance: Chance, config: Config) -> Config:
+    """Draw what an operator makes of a file: one is gone, or new, or has other limits."""
+    consumers = dict(config.consumers)
+    what = chance.randint(0, 2)
+    if consumers and what == 0:
+        del consumers[pick(chance, tuple(consumers))]
+    elif consumers and what == 1:
+        name = pick(chance, tuple(consumers))
+        consumers[name] = evolve(consumers[name], max_concurrency=1, max_pending=5)
+    else:
+        consumers["new"] = Consumer(
+            name="new", vram_mib={0: 4_000}, load_route=True, unload_route=True
+        )
+    return evolve(config, consumers=consumers)
+
+
+def draw_setting(chance: Chance, faults: Faults, *, fair: bool, acts: int) -> Setting:
+    config = draw_config(chance, fair=fair)
+    script = draw_script(chance, config, faults, acts=acts)
+    return Setting(config=config, script=script, faults=faults, fair=fair)

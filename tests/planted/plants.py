@@ -41,14 +41,6 @@ PLANTS = (
         like="large-model-proxy: signal dropped, waiter hung",
     ),
     plant(
-        "no-wake-up-when-a-sample-goes-stale",
-        "P14",
-        "scheduler",
-        "times += [card.taken + stale_us for card in d.cards.values()]",
-        "times += [card.taken + stale_us for card in d.cards.values() if not d.sample_error]",
-        like="large-model-proxy: signal dropped, waiter hung",
-    ),
-    plant(
         "owed-and-promoted-wait-for-each-other",
         "P1",
         "walk",
@@ -116,14 +108,6 @@ PLANTS = (
         "walk",
         "BEYOND_HELP = frozenset({Why.UNFIT,",
         "BEYOND_HELP = frozenset({Why.COLLISION, Why.UNFIT,",
-        like="llama-swap D3: unbounded overtaking",
-    ),
-    plant(
-        "joined-twice-counted-never",
-        "P8",
-        "draft",
-        "later = tuple(n for n in still if self.requests[n].phase is Phase.JOINED)",
-        "later = ()",
         like="llama-swap D3: unbounded overtaking",
     ),
     plant(
@@ -273,11 +257,19 @@ PLANTS = (
         like="ollama E3: tokens of unloads are anonymous",
     ),
     plant(
-        "memory-that-went-counts-as-freed",
-        "P4",
-        "leaks",
-        "    return sum(\n        card.free_mib - before\n",
-        "    return sum(\n        abs(card.free_mib - before)\n",
+        "a-difference-that-wraps",
+        "P7",
+        "swaps",
+        "    if seen and not view_for(d, swap.target, max_evictions=0).missing_mib():\n"
+        "        trust_again(d, swap)\n",
+        "    freed = [\n"
+        "        (card.free_mib - before) % 2**32 > 2**31\n"
+        "        for gpu, before in swap.free_before_mib.items()\n"
+        "        if (card := good_card(d, gpu))\n"
+        "    ]\n"
+        "    short = view_for(d, swap.target, max_evictions=0).missing_mib()\n"
+        "    if seen and (not short or any(freed)):\n"
+        "        trust_again(d, swap)\n",
         like="ollama E4: unsigned difference of free memory",
     ),
     plant(

@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+MUTATION := $(VENV)/.mutation
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint run real bench picture deploy rollback try-deploy fuzz clean
+.PHONY: help demo test lint fuzz planted mutants run real bench picture deploy rollback try-deploy clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +22,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(READY): $(INSTALLED)
 	$(PIP) --group dev
 	touch $(READY)
+
+$(MUTATION): $(READY)
+	$(PIP) --group mutation
+	touch $(MUTATION)
 
 demo: $(INSTALLED) ## the broker at work on a simulated card, then the same without it
 	$(BIN)/mgpu demo
@@ -36,6 +41,13 @@ lint: $(READY) ## ruff, mypy --strict and the arrow of imports
 
 fuzz: $(READY) ## the properties with fresh seeds, for SECONDS=60, or once more with SEED=N
 	$(BIN)/python -m tests.sim.fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+
+planted: $(READY) ## each planted bug of the core, and which property catches it, as a table
+	$(BIN)/python -m tests.planted.run
+
+mutants: $(MUTATION) ## small changes everywhere in the core, and which no test notices (hours)
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
 
 run: $(INSTALLED) ## the broker in front of the services of config/consumers.yaml
 	$(BIN)/mgpu serve --config config/consumers.yaml
@@ -60,4 +72,4 @@ picture: $(INSTALLED) ## docs/demo.svg anew, from a demo
 	$(BIN)/python docs/draw_demo.py
 
 clean: ## what the other targets made
-	rm -rf $(VENV) .venv-real .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-real mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,136 @@
+"""Put what a step decided and noted into words, for a transcript: a line each, in order."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mgpu_core import effects as fx
+from mgpu_core.config import SECOND_US
+from mgpu_core.notes import Note
+from mgpu_core.state import State
+from tests.core.driver import START_US, Core
+
+# Which note gives the reason of an effect; both stand in one line.
+EXPLAINED = {fx.Serve: "Granted", fx.Reject: "Rejected", fx.StartUnload: "Unloading"}
+READ = "read the cards"
+
+
+def said(core: Core) -> list[str]:
+    """Give what the last step decided and noted, in its order, one a line."""
+    clock = f"{(core.at - START_US) / SECOND_US:6.1f}  "
+    effects = [effect for effect in core.last if not isinstance(effect, fx.WakeAt)]
+    lines = []
+    for note in core.last_notes:
+        effect = next((one for one in effects if explains(note, one)), None)
+        if effect is not None:
+            effects.remove(effect)
+            lines.append(decided(effect, note.details))
+        elif not any(begins(note, one) for one in core.last):
+            lines.append(noted(note))
+    lines += [decided(effect, {}) for effect in effects]
+    return [(clock + line).rstrip() for line in lines]
+
+
+def explains(note: Note, effect: fx.Effect) -> bool:
+    """Say whether this note gives the reason of that decision."""
+    name = getattr(effect, "request", None) or getattr(effect, "consumer", None)
+    kind = EXPLAINED.get(type(effect))
+    return note.type == kind and (note.request or note.consumer) == name
+
+
+def begins(note: Note, effect: fx.Effect) -> bool:
+    """Say whether it only says that what was decided has begun."""
+    moves = {fx.StartLoad: "loading", fx.StartUnload: "unloading"}.get(type(effect))
+    same = note.type == "Moved" and note.consumer == getattr(effect, "consumer", None)
+    return same and note.details["new"] == moves
+
+
+def decided(effect: fx.Effect, why: Mapping[str, Any]) -> str:
+    """Put a decision and its reason in a line."""
+    match effect:
+        case fx.Serve():
+            waited = why.get("waited_us", 0) / SECOND_US
+            return line("serve", effect.request, f"by {effect.consumer}, waited {waited:.1f} s")
+        case fx.Reject():
+            again = f", in {effect.retry_after} s" if effect.retry_after else ""
+            retry = f"try again{again}" if effect.retryable else "for good"
+            return line("reject", effect.request, f"{effect.code} ({retry}): {effect.message}")
+        case fx.StartUnload():
+            how = "by driver" if effect.how == "driver" else "by routes"
+            because = why.get("because", "(no reason given)")
+            return line("unload", effect.consumer, f"epoch {effect.epoch}, {how}: {because}")
+        case fx.StartLoad():
+            return line("load", effect.consumer, f"epoch {effect.epoch}")
+        case fx.Probe():
+            return line("probe", effect.consumer, "")
+    return READ
+
+
+def line(what: str, of: str, details: str) -> str:
+    return f"{what + ' ' + of:<23} {details}"
+
+
+def noted(note: Note) -> str:
+    """Put a note that explains no effect in a line: what, of whom, and its numbers."""
+    rest = dict(note.details)
+    match note.type:
+        case "Waits":
+            who, overtaken = flat(rest.pop("who")), rest.pop("overtaken")
+            words = f"for {note.consumer}: {rest.pop('why')} ({who})"
+            words += f", overtaken {overtaken}" if overtaken else ""
+            return line("  waits", str(note.request), ", ".join([words, *pairs(rest)]))
+        case "Moved":
+            because = f"was {rest['old']}; {rest['because']} ({rest['source']})"
+            return line(f"  {note.consumer}", f"is {rest['new']}", because)
+        case "SwapStarted":
+            free = rest["free_mib"]
+            needs = [
+                f"{mib} MiB on GPU {gpu} (free: {free.get(gpu, 'not measured')})"
+                for gpu, mib in rest["need_mib"].items()
+            ]
+            victims = f"epoch {rest['epoch']}, to unload: {flat(rest['victims'])}; "
+            told = f"{victims}needs {', '.join(needs) or 'no memory'}"
+            return line("  swap of", str(note.consumer), told)
+        case "Ignored":
+            of = note.request or note.consumer or ""
+            return line("  ignored", str(rest["what"]), f"{of}: {rest['because']}".lstrip(": "))
+        case "Served":
+            ran = f"{rest['outcome']}, after {rest['ran_us'] / SECOND_US:.1f} s"
+            return line("  ended", str(note.request), ran)
+    of = f"{note.request} ({note.consumer})" if note.request and note.consumer else None
+    return line(f"  {note.type}", of or note.request or note.consumer or "", ", ".join(pairs(rest)))
+
+
+def pairs(details: Mapping[str, Any]) -> list[str]:
+    return [f"{key} {flat(item)}" for key, item in details.items()]
+
+
+def flat(item: object) -> str:
+    if item is None:
+        return "none"
+    if isinstance(item, tuple):
+        return " ".join(map(str, item)) or "-"
+    if isinstance(item, dict):
+        return " ".join(f"{key}:{part}" for key, part in item.items()) or "-"
+    return repr(item) if isinstance(item, str) and " " in item else str(item)
+
+
+def believed(state: State, name: str) -> str:
+    """Say what is believed of one consumer."""
+    consumer, promise = state.consumers[name], state.promises.get(name)
+    words = [f"{consumer.residency.value} ({consumer.source.value})"]
+    if name in state.serving:
+        words.append(f"serves {state.serving[name]}")
+    if name in state.waiting:
+        words.append(f"{state.waiting[name]} waiting")
+    if name in state.owed:
+        words.append("owed")
+    if promise is not None:
+        words.append(f"promised {sum(promise.mib.values())} MiB")
+    if consumer.leaky_mib is not None:
+        words.append(f"leaky, gave {consumer.leaky_mib} MiB")
+    return f"        {name:<16}{', '.join(words)}"
+
+
+def overtakes(state: State, name: str) -> str:
+    equal, higher = state.overtaken[name], state.overtaken_high[name]
+    return f"{equal}, and {higher} of higher priority" if higher else str(equal)

@@ -5,7 +5,7 @@ keeps twice cannot come apart, and every effect and note passes through here.
 """
 
 from bisect import insort
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar, cast
 
 from attrs import evolve
@@ -190,7 +190,7 @@ class Draft:
             self._memo[what] = make()
         return cast("T", self._memo[what])
 
-    def siblings(self, name: str) -> Sequence[str]:
+    def siblings(self, name: str) -> tuple[str, ...]:
         """Give the other consumers of its server."""
         return self.config.siblings[name]
 

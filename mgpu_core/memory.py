@@ -213,7 +213,7 @@ def cooling_down(d: Draft, name: str) -> bool:
 
 def stops_with(d: Draft, name: str) -> tuple[str, ...]:
     """Who shares its fate when it is unloaded: all of its server, where only a stop helps."""
-    return () if d.goes_by_route(name) else tuple(d.siblings(name))
+    return () if d.goes_by_route(name) else d.siblings(name)
 
 
 def may_be_evicted(d: Draft, name: str) -> bool:

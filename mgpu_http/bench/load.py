@@ -5,15 +5,15 @@ server. Answers with a status other than 200, or cut off, raise `LoadError`.
 """
 
 import asyncio
-import re
 import time
 from collections.abc import Sequence
 
 from attrs import frozen
 
+from mgpu_http.bench.upstream import LENGTH
+
 # Hypercorn closes a connection after 1,000 requests: no round sends more on one.
 ROUND_LIMIT_S = 120.0
-_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -72,7 +72,7 @@ class _Client(asyncio.Protocol):
             assert self._answered is not None
             if not head.startswith(b"HTTP/1.1 200"):
                 self._answered.set_exception(LoadError(head.decode("latin-1")))
-            length = _LENGTH.search(head)
+            length = LENGTH.search(head)
             self._left = int(length[1]) if length else None
         return body
 

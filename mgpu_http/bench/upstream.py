@@ -13,7 +13,7 @@ CHUNK = b'data: {"choices": [{"delta": {"content": "token"}}]}\n\n'
 BIG_BYTES = 1 << 30
 PIECE = bytes(1 << 18)
 
-_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 SHORT = _HEAD + b"Content-Length: %d\r\n\r\n" % len(ANSWER) + ANSWER
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -25,7 +25,7 @@ async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
             path = head.split(b" ", 2)[1]
-            length = _LENGTH.search(head)
+            length = LENGTH.search(head)
             await _take_in(reader, int(length[1]) if length else 0)
             if path == b"/stream":
                 await _stream(writer)

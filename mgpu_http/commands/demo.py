@@ -21,7 +21,7 @@ from mgpu_http.demo.report import Half, longest_waiting
 from mgpu_http.demo.run import Demo, Watch
 from mgpu_http.demo.screen import Snapshot, plain, render
 
-INTERRUPTED = 130  # as a shell says it of Ctrl-C
+INTERRUPTED_EXIT = 130  # as a shell says it of Ctrl-C
 LINE_EVERY_S = 2.0
 MAX_SEED = 9_999
 MAX_SECONDS = 3_600
@@ -45,7 +45,7 @@ def demo(arguments: Namespace) -> int:
     else:
         console.print(running.comparison())
         console.print(_afterwards(running, arguments.dir), soft_wrap=True, highlight=False)
-    return DONE if finished else INTERRUPTED
+    return DONE if finished else INTERRUPTED_EXIT
 
 
 async def _interruptible(running: Demo) -> bool:

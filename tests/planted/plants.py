@@ -132,8 +132,8 @@ PLANTS = (
         "leaky-stop-takes-a-working-sibling",
         "P4",
         "memory",
-        "return () if d.goes_by_route(name) else tuple(d.siblings(name))",
-        "return () if d.consumer(name).unload_route else tuple(d.siblings(name))",
+        "return () if d.goes_by_route(name) else d.siblings(name)",
+        "return () if d.consumer(name).unload_route else d.siblings(name)",
         like="llama.cpp #21678: evicts an active model",
     ),
     plant(

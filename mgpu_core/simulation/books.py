@@ -15,6 +15,7 @@ from mgpu_core import effects as fx
 from mgpu_core import events as ev
 from mgpu_core.config import Config, Consumer
 from mgpu_core.notes import Note
+from mgpu_core.planners import Planner
 from mgpu_core.state import Phase, Residency, State
 
 
@@ -102,6 +103,8 @@ class Step:
     notes: tuple[Note, ...]
     books: Books
     now: Books = field(factory=Books)
+    # None: a built-in one.
+    planner: Planner | None = None
 
     @property
     def at(self) -> int:

@@ -94,7 +94,7 @@ class Run:
         self.witness = Witness(self.world.state, self.watched)
         self.log: list[tuple[ev.Event, Transition]] = []
         self.reached: Counter[str] = Counter()
-        self.calm = is_calm(setting)
+        self.calm = is_calm(setting) and self.world.is_as_assumed()
         self._war_steps = 0
 
     def live(self, until_us: int | None) -> Iterator[tuple[ev.Event, Transition, list[Violation]]]:
@@ -224,6 +224,8 @@ def is_calm(setting: Setting) -> bool:
         and config.when_unfit != "admit"
         and all(gpu.total_mib is not None for gpu in config.gpus.values())
         and not any(one.vram_auto or one.can_coexist_with for one in config.consumers.values())
+        # Where the start of a process loads any of several, nobody can tell who is in.
+        and all(one.load_route or not config.siblings[n] for n, one in config.consumers.items())
         and not any(isinstance(act, operates) for _, act in setting.script)
     )
 

@@ -13,8 +13,8 @@ from attrs import fields_dict, frozen
 
 from mgpu_core import events as ev
 from mgpu_core.config import SECOND_US, Config, Consumer, Gpu
-from tests.core.driver import STEP_US, Core, lazy, service
-from tests.core.telling import READ, believed, overtakes, said
+from mgpu_core.telling import READ, believed, overtakes, said
+from tests.core.driver import START_US, STEP_US, Core, lazy, service
 
 LINE = "----"
 MAKERS: dict[str, Callable[..., Consumer]] = {
@@ -159,7 +159,8 @@ class Recorder:
     def _heard(self, event: ev.Event) -> list[str]:
         told = self._feed(event)
         again = any(READ in line for line in self.lines)
-        self.lines += [line for line in said(self.core) if not (again and READ in line)]
+        lines = said(self.core.last, self.core.last_notes, self.core.at - START_US)
+        self.lines += [line for line in lines if not (again and READ in line)]
         return told
 
     def stop(self) -> list[str]:

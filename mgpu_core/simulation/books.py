@@ -14,7 +14,7 @@ from attrs import define, evolve, field, frozen
 from mgpu_core import effects as fx
 from mgpu_core import events as ev
 from mgpu_core.config import Config, Consumer
-from mgpu_core.notes import Note
+from mgpu_core.notes import Note, Why
 from mgpu_core.planners import Planner
 from mgpu_core.state import Phase, Residency, State
 
@@ -294,7 +294,8 @@ def _note_phases(books: Books, step: Step, tickets: Mapping[str, Ticket]) -> Non
     books.deserted = (step.books.deserted | lost) & step.after.swaps.keys()
     # A swap that a planner of one's own wants for who is in already may end for nothing.
     ended = {note.consumer for note in step.notes if note.type == "SwapEnded"}
-    for name in step.books.joined - joined:
+    # A swap may begin and end in one step.
+    for name in (step.books.joined | _joining(step)) - joined:
         books.owed.pop(name, None)
         consumer = books.waiting[name].consumer if name in books.waiting else None
         if consumer and consumer not in ended and _is_in(step.after, consumer):
@@ -302,6 +303,14 @@ def _note_phases(books: Books, step: Step, tickets: Mapping[str, Ticket]) -> Non
     for held in (books.owed, books.overtakers, books.higher, books.takers):
         for name in [name for name in held if name not in books.waiting]:
             del held[name]
+
+
+def _joining(step: Step) -> set[str]:
+    return {
+        note.request
+        for note in step.notes
+        if note.type == "Waits" and note.request and note.details["why"] is Why.SWAP
+    }
 
 
 def _joined(state: State, name: str) -> bool:

@@ -40,13 +40,15 @@ WAYS: tuple[tuple[bool, bool, str], ...] = (
 @frozen(kw_only=True)
 class Setting:
     """One run to be: a configuration and what happens to it. `fair`: nothing is in anybody's way
-    for ever, so that each wait must end by itself.
+    for ever, so that each wait must end by itself. `replayed`: its log is played again at the end,
+    which costs as much as the run.
     """
 
     config: Config
     script: Script
     faults: Faults
     fair: bool
+    replayed: bool = True
 
 
 def draw_config(chance: Chance, *, fair: bool) -> Config:
@@ -203,7 +205,8 @@ def draw_setting(
         fair = fair and not unfair_because(config)
         config = own_reading(config, fair=fair)
     script = draw_script(chance, config, faults, acts=acts)
-    return Setting(config=config, script=script, faults=faults, fair=fair)
+    replayed = pick(chance, (True, False, False))
+    return Setting(config=config, script=script, faults=faults, fair=fair, replayed=replayed)
 
 
 # ------------------------------------------------------------------ a configuration of one's own

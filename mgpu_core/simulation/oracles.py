@@ -246,11 +246,17 @@ def _after_unloads(
 
 
 def _still_held(step: Step, target: str, gpu: int) -> int:
-    """After a failed unload of the target itself, its memory counts as free for it."""
-    beliefs = (step.before.consumers.get(target), step.after.consumers.get(target))
+    """What the target itself holds while it is not in counts as free for it: all that it held
+    where its unload failed, else what its unload leaves behind, as far as the card shows it.
+    """
+    state, consumer = step.after, step.consumer(target)
+    beliefs = (step.before.consumers.get(target), state.consumers.get(target))
     failed = any(belief is not None and belief.uncertain == "unload" for belief in beliefs)
     failed = failed or any(n.type == "UnloadFailed" and n.consumer == target for n in step.notes)
-    return ledger.held(step.after, step.consumer(target), gpu) if failed else 0
+    if failed:
+        return ledger.held(state, consumer, gpu)
+    absent = state.consumers[target].residency is Residency.ABSENT
+    return ledger.residue(state, consumer, gpu) if absent else 0
 
 
 def spared(step: Step) -> Iterator[str]:

@@ -210,6 +210,8 @@ class Run:
 
     def _replays(self) -> Violation | None:
         """P11 and P13 at once: only where that fails it matters which of them did."""
+        if not self.setting.replayed:
+            return None
         return replays(self.setting.config, self.log, self.watched)
 
 

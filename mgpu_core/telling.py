@@ -95,8 +95,9 @@ def noted(note: Note) -> str:
         case "Served":
             ran = f"{rest['outcome']}, after {rest['ran_us'] / SECOND_US:.1f} s"
             return line("  ended", str(note.request), ran)
-    of = f"{note.request} ({note.consumer})" if note.request and note.consumer else None
-    return line(f"  {note.type}", of or note.request or note.consumer or "", ", ".join(pairs(rest)))
+    both = f"{note.request} ({note.consumer})" if note.request and note.consumer else None
+    name = both or note.request or note.consumer or ""
+    return line(f"  {note.type}", name, ", ".join(pairs(rest)))
 
 
 def pairs(details: Mapping[str, Any]) -> list[str]:

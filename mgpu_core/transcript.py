@@ -21,14 +21,16 @@ LINE = "----"
 STEP_US = 1_000
 
 
-def transcript(config: Config, log: Iterable[tuple[ev.Event, Transition]]) -> str:
+def transcript(
+    config: Config, log: Iterable[tuple[ev.Event, Transition]], *, last: int | None = None
+) -> str:
     """Write down a history, from its first event on: the broker's start, which goes without saying.
 
-    Ticks are the waits between commands.
+    Ticks are the waits between commands. `last`: no more than so many of the last events.
     """
     writer = _Writer()
-    blocks = [[*configured(config), LINE, ""]]
-    blocks += [block for event, transition in log if (block := writer.block(event, transition))]
+    told = [writer.block(event, transition) for event, transition in log]
+    blocks = [[*configured(config), LINE, ""], *(told if last is None else told[-last:])]
     return "\n".join(line for block in blocks for line in block)
 
 

@@ -272,6 +272,21 @@ def backwards(config: Config) -> Config:
     )
 
 
+def folded(config: Config, history: Sequence[ev.Event], planner: Planner | None) -> Log:
+    """Give a history with what each event brings about; one that brings the core down, nothing."""
+    watched = None if planner is None else Watched(planner)
+    scheduler, log = Scheduler(config, watched), []
+    state = scheduler.initial()
+    for event in history:
+        try:
+            transition = scheduler.step(state, event)
+        except Exception:  # noqa: BLE001 - that is what was found
+            transition = Transition(state, (), ())
+        state = transition.state
+        log.append((event, transition))
+    return log
+
+
 def replayed(config: Config, log: Log, planner: Planner | None, name: str) -> Violation | None:
     """P11, P13: the log, read back, gives the same effects and the same state at every point."""
     scheduler = Scheduler(config, planner)

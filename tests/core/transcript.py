@@ -57,9 +57,9 @@ def blocks(text: str) -> Iterator[Block]:
         yield Block(first, tuple(commands), ())
 
 
-def rewritten(text: str, file: str) -> str:
-    """Give the whole text with what the commands give now."""
-    play = Play(file)
+def rewritten(text: str, file: str, planner: object = None) -> str:
+    """Give the whole text with what the commands give now, with a planner of one's own if given."""
+    play = Play(file, planner)
     parts = []
     for block in blocks(text):
         told = play.block(block)
@@ -70,8 +70,9 @@ def rewritten(text: str, file: str) -> str:
 class Play:
     """One file being played: the core of its present scenario, and the commands."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, planner: object = None) -> None:
         self.file = file
+        self.planner = planner
         self.core: Core | None = None
 
     def block(self, block: Block) -> list[str]:
@@ -113,7 +114,7 @@ class Play:
                 consumers.append(MAKERS[word](names[0], *mib, **fields))
         cards = tuple(gpus) or (Gpu(total_mib=24_000),)
         if lines[0][1] != ["reconfigure"]:
-            self.core = Core(*consumers, gpus=cards, **settings)
+            self.core = Core(*consumers, gpus=cards, planner=self.planner, **settings)
             for name in absent:
                 self.core.probe(name, resident=False)
             return []

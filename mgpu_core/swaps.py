@@ -51,7 +51,8 @@ def _ask(d: Draft, target: str) -> tuple[str, ...] | None:
         view = view_for(d, target, max_evictions=left, by_driver=True)
         victims = d.planner.victims(target, view)
     if victims is None:
-        return None
+        # Of a planner of one's own: for who is in already, nothing has to fit.
+        return () if d.consumers[target].residency is Residency.RESIDENT else None
     return tuple(name for name in dict.fromkeys(victims) if name != target)
 
 
@@ -59,6 +60,8 @@ def in_the_way(d: Draft, target: str, victims: tuple[str, ...]) -> Reason | None
     """Say why these victims can't go now (rules 4 and 5), None if they can."""
     if d.swaps and (colliding := _colliding(d, target, set(victims))):
         return Reason(why=Why.COLLISION, who=colliding)
+    if d.own_planner is not None and (beside := _beside(d, target, victims)):
+        return Reason(why=Why.UNFIT, who=beside)
     return d.remember(("going", victims), lambda: _not_yet(d, victims))
 
 
@@ -91,6 +94,18 @@ def _not_yet(d: Draft, victims: tuple[str, ...]) -> Reason | None:
     if working := [name for name in going if at_work(d, name)]:
         return Reason(why=Why.VICTIM_AT_WORK, who=tuple(working))
     return None
+
+
+def _beside(d: Draft, target: str, victims: tuple[str, ...]) -> tuple[str, ...]:
+    """Whom a planner of one's own would send out although they may stay beside the target."""
+    holding = [
+        one
+        for name in victims
+        if name in d.consumers and d.consumers[name].residency is not Residency.ABSENT
+        for one in (name, *stops_with(d, name))
+    ]
+    spared = d.consumer(target).can_coexist_with
+    return tuple(name for name in dict.fromkeys(holding) if name in spared)
 
 
 def _forbidden(d: Draft, name: str) -> bool:

@@ -320,9 +320,13 @@ def _note_phases(books: Books, step: Step, tickets: Mapping[str, Ticket]) -> Non
     books.joined = joined
     lost = {step.books.waiting[n].consumer for n in step.books.joined - books.waiting.keys()}
     books.deserted = (step.books.deserted | lost) & step.after.swaps.keys()
+    # A swap that a planner of one's own wants for who is in already may end for nothing.
+    ended = {note.consumer for note in step.notes if note.type == "SwapEnded"}
     # A swap may begin and end in one step.
     for name in (step.books.joined | _joining(step)) - joined:
-        if name in books.waiting and _is_in(step.after, books.waiting[name].consumer):
+        books.owed.pop(name, None)
+        consumer = books.waiting[name].consumer if name in books.waiting else None
+        if consumer and consumer not in ended and _is_in(step.after, consumer):
             books.owed[name] = books.waiting[name].consumer
     for held in (books.owed, books.overtakers, books.higher, books.takers):
         for name in [name for name in held if name not in books.waiting]:

@@ -222,6 +222,18 @@ class World:
             for one in self.services.values()
         )
 
+    def happen(self, act: Act) -> None:
+        """Let something happen from outside, next."""
+        self._in(0, self._act, act)
+
+    def leave(self, request: str) -> None:
+        """Let a client leave, next, if it is still there."""
+        self._in(0, self._leave, request)
+
+    def die(self, consumer: str) -> None:
+        """Let a service crash, next, with all of its server."""
+        self._in(0, self._die, self.services[consumer])
+
     def heal(self) -> None:
         """No fault from now on: what hangs answers, what leaks lets go, nobody else is here."""
         self.faults = CALM
@@ -488,6 +500,7 @@ class World:
             return  # its process is up; its first request takes the memory
         need = self._steady(service)
         if not service.loaded and not self._fits(service, need):
+            self.overcommitted += 1
             command.error = "out_of_memory"
             self._forget_memory(service)
             return

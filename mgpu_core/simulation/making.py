@@ -35,6 +35,13 @@ WAYS: tuple[tuple[bool, bool, Driver], ...] = (
     (False, True, "systemd"),
     (False, False, "none"),
 )
+# Of a server of several: with a stop all of them go.
+RACK_WAYS: tuple[tuple[bool, bool, Driver], ...] = (
+    (True, True, "systemd"),
+    (True, True, "none"),
+    (False, False, "process"),
+    (False, True, "systemd"),
+)
 
 
 @frozen(kw_only=True)
@@ -79,8 +86,8 @@ def draw_config(chance: Chance, *, fair: bool) -> Config:
         unload_timeout_us=pick(chance, (120, 200) if fair else (20, 5, 60)) * SECOND_US,
         settle_timeout_us=pick(chance, (10, 3)) * SECOND_US,
         restore_after_us=pick(chance, (None, None, 30 * SECOND_US)),
-        poll_interval_us=pick(chance, (2, 1, 5)) * SECOND_US,
-        probe_interval_us=pick(chance, (5, 10)) * SECOND_US,
+        poll_interval_us=pick(chance, (2, 5, 10)) * SECOND_US,
+        probe_interval_us=pick(chance, (10, 5, 30)) * SECOND_US,
     )
 
 
@@ -106,8 +113,8 @@ class _Habits:
             sizes_mib=pick(chance, (SIZES_MIB, tuple(pick(chance, SIZES_MIB) for _ in range(2)))),
             friends=tuple(friends[:2]),
             rack=tuple(rack[:3]),
-            way=pick(chance, WAYS[:-1] if fair else WAYS),
-            server_concurrency=pick(chance, (None, 1, 2)),
+            way=pick(chance, RACK_WAYS),
+            server_concurrency=pick(chance, (None, 2, 1)),
         )
 
 
@@ -127,7 +134,7 @@ def _consumer(chance: Chance, name: str, cards: int, habits: _Habits, *, fair: b
         vram_mib={gpu: min(size, 18_000) if fair else size for gpu in used},
         vram_load_mib=pick(chance, (0, 0, 0, 11_000)),
         vram_residue_mib=pick(chance, (0, 0, 400)),
-        vram_auto=likely(chance, 150) and (size > 0 or not fair),
+        vram_auto=likely(chance, 250) and (size > 0 or not fair),
         vram_managed=not fair and likely(chance, 80),
         gpu_slot=not likely(chance, 150),
         load_route=load_route,
@@ -135,7 +142,7 @@ def _consumer(chance: Chance, name: str, cards: int, habits: _Habits, *, fair: b
         driver=driver,
         can_coexist_with=tuple(one for one in habits.friends if one != name) if friendly else (),
         priority=pick(chance, (2, 2, 0, 4)),
-        max_concurrency=pick(chance, (1, 1, 2, 10)),
+        max_concurrency=pick(chance, (2, 10, 1) if racked else (1, 1, 2, 10)),
         max_pending=pick(chance, (64, 64, 3)),
         pinned=not fair and likely(chance, 80),
         preload=likely(chance, 200),
@@ -186,7 +193,10 @@ def _other_acts(
         acts.append((0, Foreign(gpu=gpu, mib=pick(chance, (6_000, 2_000, 15_000)))))
         acts.append((chance.randint(1, 60) * SECOND_US, Foreign(gpu=gpu, mib=0)))
     if likely(chance, faults.busy // 3):
-        acts.append((0, Busy(consumer=pick(chance, names), us=chance.randint(1, 30) * SECOND_US)))
+        name = pick(chance, names)
+        acts.append((0, Busy(consumer=name, us=chance.randint(1, 30) * SECOND_US)))
+        if likely(chance, faults.operator):
+            acts.append((chance.randint(1, 20) * SECOND_US, ev.Unload(at=0, consumers=(name,))))
     if likely(chance, faults.operator // 3):
         acts.append((0, _operator(chance, names)))
     if likely(chance, faults.reconfigured // 6):

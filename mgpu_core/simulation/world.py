@@ -97,7 +97,7 @@ class Traits:
     def drawn(cls, chance: Chance) -> "Traits":
         return cls(
             load_us=pick(chance, LOAD_US),
-            unload_us=pick(chance, (200 * MS_US, 50 * MS_US, 2 * SECOND_US)),
+            unload_us=pick(chance, (200 * MS_US, 50 * MS_US, 2 * SECOND_US, 10 * SECOND_US)),
             tells_residency=not likely(chance, 300),
             tells_busy=not likely(chance, 300),
             tells_vram=likely(chance, 200),
@@ -666,7 +666,10 @@ class World:
             fields |= {"healthy": False, "failure": failure}
         else:
             fields |= self._answers(service)
-        self._tell(self.chance.randint(1, 40) * MS_US, ev.ProbeResult, **fields)
+        us = self.chance.randint(1, 40) * MS_US
+        if self._fault("probe_slow"):
+            us += self.chance.randint(1, 8) * SECOND_US
+        self._tell(us, ev.ProbeResult, **fields)
 
     def _failure(self, service: Service) -> ev.ProbeFailure | None:
         if self._fault("probe_flaps"):

@@ -280,9 +280,19 @@ def pending(state: State) -> str:
 
 def replays(config: Config, log: Log, planner: Planner | None) -> Violation | None:
     """P11 and P13: the log gives the same again, whatever the order of the configuration."""
-    if replayed(backwards(config), log, planner, "") is None:
+    back = list(reconfigured_backwards(log))
+    if replayed(backwards(config), back, planner, "") is None:
         return None
-    return replayed(config, log, planner, "P11") or replayed(backwards(config), log, planner, "P13")
+    again = replayed(config, log, planner, "P11")
+    return again or replayed(backwards(config), back, planner, "P13")
+
+
+def reconfigured_backwards(log: Log) -> Iterator[tuple[ev.Event, Transition]]:
+    for event, transition in log:
+        if isinstance(event, ev.Reconfigured):
+            yield evolve(event, config=backwards(event.config)), transition
+        else:
+            yield event, transition
 
 
 def backwards(config: Config) -> Config:

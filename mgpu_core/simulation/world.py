@@ -118,6 +118,8 @@ class Service:
     busy_until: int = 0
     # Grows whenever what it was about to do with its memory no longer holds.
     turn: int = 0
+    # The turn in which its first request brings it in.
+    starting: int = -1
 
     def target_mib(self, gpu: int) -> int:
         if self.consumer.vram_managed:
@@ -575,12 +577,19 @@ class World:
         us = client.ask.work_us
         if not service.loaded:
             us += service.traits.load_us
-            self._grow(service, service.traits.load_us)
-            self._in(service.traits.load_us, self._cold_started, service, service.turn)
+            self._start_cold(service)
         if self._fault("job_crashes"):
             self._in(us // 2, self._die, service)
         else:
             self._job_ends(request, "upstream_error" if self._fault("job_fails") else "ok", us)
+
+    def _start_cold(self, service: Service) -> None:
+        """Its first request has it take its memory; who comes meanwhile waits for that as well."""
+        if service.starting == service.turn:
+            return
+        self._grow(service, service.traits.load_us)
+        service.starting = service.turn
+        self._in(service.traits.load_us, self._cold_started, service, service.turn)
 
     def _cold_started(self, service: Service, turn: int) -> None:
         need = self._steady(service)

@@ -155,7 +155,7 @@ def _other_acts(
     if likely(chance, faults.operator // 3):
         acts.append((0, _operator(chance, names)))
     if likely(chance, faults.reconfigured // 6):
-        acts.append((0, ev.Reconfigured(at=0, config=_changed(chance, config))))
+        acts.append((0, ev.Reconfigured(at=0, config=draw_changed(chance, config))))
         acts.append((20 * SECOND_US, ev.Reconfigured(at=0, config=config)))
     if likely(chance, faults.broker_crashes // 10):
         acts.append((0, BrokerCrash(down_us=chance.randint(1, 20) * 500_000)))
@@ -180,7 +180,7 @@ def _operator(chance: Chance, names: Sequence[str]) -> ev.Event:
     return pick(chance, acts)
 
 
-def _changed(chance: Chance, config: Config) -> Config:
+def draw_changed(chance: Chance, config: Config) -> Config:
     """Draw what an operator makes of a file: one is gone, or new, or has other limits."""
     consumers = dict(config.consumers)
     what = chance.randint(0, 2)

@@ -228,6 +228,11 @@ class World:
         """Let a service crash, next, with all of its server."""
         self._in(0, self._die, self.services[consumer])
 
+    @property
+    def next_at(self) -> int:
+        """The time of whatever happens next."""
+        return self._heap[0][0] if self._heap else self.now
+
     def heal(self) -> None:
         """No fault from now on: what hangs answers, what leaks lets go, nobody else is here."""
         self.faults = CALM

@@ -12,6 +12,7 @@ from mgpu_core.memory import (
     gain_mib,
     good_card,
     is_busy,
+    kept_mib,
     may_be_evicted,
     need_mib,
     promise_for,
@@ -143,7 +144,8 @@ def _evict(d: Draft, swap: Swap, victims: tuple[str, ...]) -> None:
         if state.residency is Residency.ABSENT or state.operation is not None:
             continue
         cards = {gpu: card for gpu in d.consumer(name).vram_mib if (card := good_card(d, gpu))}
-        expected[name] = sum(gain_mib(d, name, gpu, by_driver=True) for gpu in cards)
+        if not any(kept_mib(d, name, gpu) for gpu in cards):
+            expected[name] = sum(gain_mib(d, name, gpu, by_driver=True) for gpu in cards)
         before = {gpu: card.free_mib for gpu, card in cards.items()} | before
         evicted.append(name)
         d.start_unload(name, swap.epoch, because=f"swap of {swap.target}")
@@ -292,7 +294,7 @@ def room_is_gone(d: Draft, target: str) -> bool:
     """
     state = d.consumers[target]
     cards = [good_card(d, gpu) for gpu in need_mib(d.consumer(target), state)]
-    newer = any(card and card.taken > state.touched for card in cards)
+    newer = any(card and card.taken >= state.touched for card in cards)
     return (newer or not any(cards)) and bool(view_for(d, target, max_evictions=0).missing_mib())
 
 

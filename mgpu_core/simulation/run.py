@@ -22,11 +22,11 @@ from mgpu_core.codec import (
     encode_note,
     encode_state,
 )
-from mgpu_core.config import SECOND_US, Config
+from mgpu_core.config import SECOND_US, Config, Consumer
 from mgpu_core.planners import Planner
 from mgpu_core.scheduler import Scheduler, Transition
 from mgpu_core.simulation.chance import Chance
-from mgpu_core.simulation.faults import Faults, swarm
+from mgpu_core.simulation.faults import CALM, Faults, swarm
 from mgpu_core.simulation.making import Setting, draw_calm, draw_setting
 from mgpu_core.simulation.oracles import Judge, Violation
 from mgpu_core.simulation.planning import Watched, told
@@ -99,7 +99,7 @@ class Run:
         self.witness = Witness(self.world.state, self.watched)
         self.log: list[tuple[ev.Event, Transition]] = []
         self.reached: Counter[str] = Counter()
-        self.calm = setting.calm
+        self.calm = setting.calm or (is_calm(setting) and self.world.is_as_assumed())
         self._war_steps = 0
 
     def live(self, until_us: int | None) -> Iterator[tuple[ev.Event, Transition, list[Violation]]]:
@@ -222,6 +222,26 @@ class Run:
 def _open_ones(config: Config, chance: Chance) -> dict[str, Traits]:
     """Give services that tell whether they are loaded, so that what is assumed is soon known."""
     return {name: evolve(Traits.drawn(chance), tells_residency=True) for name in config.consumers}
+
+
+def is_calm(setting: Setting) -> bool:
+    """Nothing goes wrong, and every size is as declared."""
+    config, consumers = setting.config, setting.config.consumers.values()
+    operates = (ev.Unload, ev.Load, ev.Reconfigured)
+    return (
+        setting.fair
+        and setting.faults == evolve(CALM, client_leaves=setting.faults.client_leaves)
+        and config.when_unfit != "admit"
+        and all(gpu.total_mib is not None for gpu in config.gpus.values())
+        and not any(one.can_coexist_with or _is_of_unknown_size(one) for one in consumers)
+        # Where the start of a process loads any of several, nobody can tell who is in.
+        and all(one.load_route or not config.siblings[n] for n, one in config.consumers.items())
+        and not any(isinstance(act, operates) for _, act in setting.script)
+    )
+
+
+def _is_of_unknown_size(consumer: Consumer) -> bool:
+    return consumer.vram_auto and not all(consumer.vram_mib.values())
 
 
 def gives_up(error: Exception) -> Violation:

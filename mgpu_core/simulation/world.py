@@ -19,10 +19,11 @@ from mgpu_core.effects import Effect
 from mgpu_core.scheduler import Scheduler, Transition
 from mgpu_core.simulation.chance import Chance, likely, pick
 from mgpu_core.simulation.faults import CALM, Faults
-from mgpu_core.state import State
+from mgpu_core.state import Residency, State, first_belief
 
 START_US = 1_780_000_000_000_000
 MS_US = 1_000
+IN = Residency.RESIDENT
 # What a card has where nobody configured a size.
 CARD_MIB = 24_000
 LOAD_US = (1 * SECOND_US, 3 * SECOND_US, 10 * SECOND_US, 25 * SECOND_US)
@@ -215,6 +216,13 @@ class World:
     def used_mib(self, gpu: int) -> int:
         ours = sum(service.mib.get(gpu, 0) for service in self.services.values())
         return ours + self.foreign.get(gpu, 0)
+
+    def is_as_assumed(self) -> bool:
+        """At the start, each service is as a broker that knows nothing takes it to be, or tells."""
+        return all(
+            one.traits.tells_residency or one.loaded is (first_belief(one.consumer).residency is IN)
+            for one in self.services.values()
+        )
 
     def happen(self, act: Act) -> None:
         """Let something happen from outside, next."""
@@ -486,7 +494,8 @@ class World:
             self._lost.append((self.runs, kind, fields))
             return None
         if self._fault("answered_twice"):
-            self._in(self.chance.randint(0, 3) * SECOND_US, self._arrive, self.runs, kind, fields)
+            again_us = pick(self.chance, (SECOND_US, 0, 3 * SECOND_US, 40 * SECOND_US))
+            self._in(again_us, self._arrive, self.runs, kind, fields)
         if self._fault("answered_late"):
             late_us = self.chance.randint(1, 30) * 100 * MS_US
             self._in(late_us, self._arrive, self.runs, kind, fields)
@@ -586,7 +595,11 @@ class World:
         if self._fault("job_crashes"):
             self._in(us // 2, self._die, service)
         else:
-            self._job_ends(request, "upstream_error" if self._fault("job_fails") else "ok", us)
+            self._job_ends(request, self._outcome(), us)
+
+    def _outcome(self) -> str:
+        failed = self._fault("job_fails")
+        return pick(self.chance, ("upstream_error", "timeout")) if failed else "ok"
 
     def _start_cold(self, service: Service) -> None:
         """Its first request has it take its memory; who comes meanwhile waits for that as well."""

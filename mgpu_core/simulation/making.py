@@ -48,7 +48,7 @@ RACK_WAYS: tuple[tuple[bool, bool, Driver], ...] = (
 class Setting:
     """One run to be: a configuration and what happens to it. `fair`: nothing is in anybody's way
     for ever, so that each wait must end by itself. `replayed`: its log is played again at the end,
-    which costs as much as the run.
+    which costs as much as the run. `calm`: nothing goes wrong at all, and sizes are as declared.
     """
 
     config: Config
@@ -56,6 +56,7 @@ class Setting:
     faults: Faults
     fair: bool
     replayed: bool = True
+    calm: bool = False
 
 
 def draw_config(chance: Chance, *, fair: bool) -> Config:
@@ -200,7 +201,7 @@ def _other_acts(
     if likely(chance, faults.operator // 3):
         acts.append((0, _operator(chance, names)))
     if likely(chance, faults.reconfigured // 6):
-        acts.append((0, ev.Reconfigured(at=0, config=_changed(chance, config))))
+        acts.append((0, ev.Reconfigured(at=0, config=draw_changed(chance, config))))
         acts.append((20 * SECOND_US, ev.Reconfigured(at=0, config=config)))
     if likely(chance, faults.broker_crashes // 10):
         acts.append((0, BrokerCrash(down_us=chance.randint(1, 20) * 500_000)))
@@ -225,7 +226,7 @@ def _operator(chance: Chance, names: Sequence[str]) -> ev.Event:
     return pick(chance, acts)
 
 
-def _changed(chance: Chance, config: Config) -> Config:
+def draw_changed(chance: Chance, config: Config) -> Config:
     """Draw what an operator makes of a file: one is gone, or new, or has other limits."""
     consumers = dict(config.consumers)
     what = chance.randint(0, 4)
@@ -259,6 +260,42 @@ def draw_setting(
     script = draw_script(chance, config, faults, acts=acts)
     replayed = pick(chance, (True, False, False))
     return Setting(config=config, script=script, faults=faults, fair=fair, replayed=replayed)
+
+
+def draw_calm(
+    chance: Chance, faults: Faults, *, acts: int, config: Config | None = None
+) -> Setting:
+    """Draw a fair run in which nothing goes wrong; a client may leave.
+
+    It begins once all services have told how they are. A configuration of somebody's own that
+    can't be held to its sizes has an ordinary run.
+    """
+    if config is not None and (unfair_because(config) or not _is_plain(config)):
+        return draw_setting(chance, faults, fair=False, acts=acts, config=config)
+    plain = _plain(draw_config(chance, fair=True)) if config is None else config
+    plain = own_reading(plain, fair=True)
+    calm = Faults(client_leaves=faults.client_leaves)
+    script = draw_script(chance, plain, calm, acts=acts)
+    later = tuple((at + SECOND_US, act) for at, act in script)
+    return Setting(config=plain, script=later, faults=calm, fair=True, calm=True)
+
+
+def _plain(config: Config) -> Config:
+    """Make every size known and true, and every service tell of itself who is in."""
+    gpus = {index: evolve(gpu, total_mib=CARD_MIB) for index, gpu in config.gpus.items()}
+    consumers = {
+        name: evolve(one, vram_auto=False, server=name) for name, one in config.consumers.items()
+    }
+    return evolve(config, gpus=gpus, consumers=consumers)
+
+
+def _is_plain(config: Config) -> bool:
+    return (
+        config.when_unfit != "admit"
+        and all(gpu.total_mib is not None for gpu in config.gpus.values())
+        and not any(one.vram_auto or one.can_coexist_with for one in config.consumers.values())
+        and not any(config.siblings.values())
+    )
 
 
 # ------------------------------------------------------------------ a configuration of one's own

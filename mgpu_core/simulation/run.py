@@ -27,14 +27,15 @@ from mgpu_core.planners import Planner
 from mgpu_core.scheduler import Scheduler, Transition
 from mgpu_core.simulation.chance import Chance
 from mgpu_core.simulation.faults import CALM, Faults, swarm
-from mgpu_core.simulation.making import Setting, draw_setting
+from mgpu_core.simulation.making import Setting, draw_calm, draw_setting
 from mgpu_core.simulation.oracles import Judge, Violation
 from mgpu_core.simulation.planning import Watched, told
 from mgpu_core.simulation.reach import labels
-from mgpu_core.simulation.world import World
+from mgpu_core.simulation.world import Traits, World
 from mgpu_core.state import Residency, State
 
 ACTS = 40
+CALM_EVERY = 12
 # The bounds of the second phase: cool-downs of five minutes may come one after another.
 PEACE_US = 1800 * SECOND_US
 PEACE_STEPS = 20_000
@@ -95,11 +96,12 @@ class Run:
             script=setting.script,
             faults=setting.faults,
             scheduler=Scheduler(setting.config, self.watched),
+            traits=_open_ones(setting.config, chance) if setting.calm else None,
         )
         self.witness = Witness(self.world.state, self.watched)
         self.log: list[tuple[ev.Event, Transition]] = []
         self.reached: Counter[str] = Counter()
-        self.calm = is_calm(setting) and self.world.is_as_assumed()
+        self.calm = setting.calm or (is_calm(setting) and self.world.is_as_assumed())
         self._war_steps = 0
 
     def live(self, until_us: int | None) -> Iterator[tuple[ev.Event, Transition, list[Violation]]]:
@@ -228,6 +230,11 @@ class Run:
         if not self.setting.replayed:
             return None
         return replays(self.setting.config, self.log, self.watched)
+
+
+def _open_ones(config: Config, chance: Chance) -> dict[str, Traits]:
+    """Give services that tell whether they are loaded, so that what is assumed is soon known."""
+    return {name: evolve(Traits.drawn(chance), tells_residency=True) for name in config.consumers}
 
 
 def is_calm(setting: Setting) -> bool:
@@ -366,14 +373,17 @@ def campaign(
     acts: int = ACTS,
     config: Config | None = None,
 ) -> Iterator[Report]:
-    """Play one run for each seed, every other one in a fair setting.
+    """Play one run for each seed, every other one in a fair setting, some in calm weather.
 
     With a configuration, in that; where it is not fair (`unfair_because`), no run is.
     """
     for seed in seeds:
         chance = chance_of(seed)
         faults = swarm(chance)
-        setting = draw_setting(chance, faults, fair=seed % 2 == 0, acts=acts, config=config)
+        if seed % CALM_EVERY == CALM_EVERY - 1:
+            setting = draw_calm(chance, faults, acts=acts, config=config)
+        else:
+            setting = draw_setting(chance, faults, fair=seed % 2 == 0, acts=acts, config=config)
         yield evolve(play_setting(setting, chance_of(seed), planner), seed=seed)
 
 

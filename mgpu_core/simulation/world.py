@@ -119,6 +119,8 @@ class Service:
     busy_until: int = 0
     # Grows whenever what it was about to do with its memory no longer holds.
     turn: int = 0
+    # The turn in which its first request brings it in.
+    starting: int = -1
 
     def target_mib(self, gpu: int) -> int:
         if self.consumer.vram_managed:
@@ -233,6 +235,11 @@ class World:
     def die(self, consumer: str) -> None:
         """Let a service crash, next, with all of its server."""
         self._in(0, self._die, self.services[consumer])
+
+    @property
+    def next_at(self) -> int:
+        """The time of whatever happens next."""
+        return self._heap[0][0] if self._heap else self.now
 
     def heal(self) -> None:
         """No fault from now on: what hangs answers, what leaks lets go, nobody else is here."""
@@ -584,8 +591,7 @@ class World:
         us = client.ask.work_us
         if not service.loaded:
             us += service.traits.load_us
-            self._grow(service, service.traits.load_us)
-            self._in(service.traits.load_us, self._cold_started, service, service.turn)
+            self._start_cold(service)
         if self._fault("job_crashes"):
             self._in(us // 2, self._die, service)
         else:
@@ -594,6 +600,14 @@ class World:
     def _outcome(self) -> str:
         failed = self._fault("job_fails")
         return pick(self.chance, ("upstream_error", "timeout")) if failed else "ok"
+
+    def _start_cold(self, service: Service) -> None:
+        """Its first request has it take its memory; who comes meanwhile waits for that as well."""
+        if service.starting == service.turn:
+            return
+        self._grow(service, service.traits.load_us)
+        service.starting = service.turn
+        self._in(service.traits.load_us, self._cold_started, service, service.turn)
 
     def _cold_started(self, service: Service, turn: int) -> None:
         need = self._steady(service)

@@ -198,7 +198,7 @@ def _other_acts(
         acts.append((0, Busy(consumer=name, us=chance.randint(1, 30) * SECOND_US)))
         if likely(chance, faults.operator):
             acts.append((chance.randint(1, 20) * SECOND_US, ev.Unload(at=0, consumers=(name,))))
-    if likely(chance, faults.operator // 3):
+    if likely(chance, faults.operator // 2):
         acts.append((0, _operator(chance, names)))
     if likely(chance, faults.reconfigured // 6):
         acts.append((0, ev.Reconfigured(at=0, config=draw_changed(chance, config))))
@@ -216,6 +216,7 @@ def _operator(chance: Chance, names: Sequence[str]) -> ev.Event:
     name = pick(chance, names)
     acts: tuple[ev.Event, ...] = (
         ev.Unload(at=0, consumers=(name,)),
+        ev.Unload(at=0, consumers=(name,), force=True),
         ev.Unload(at=0, consumers=(name,), force=True),
         ev.Unload(at=0),
         ev.Load(at=0, consumer=name),

@@ -6,7 +6,35 @@ from mgpu_core.config import Config, in_order
 from mgpu_core.draft import Draft
 from mgpu_core.effects import Probe
 from mgpu_core.events import Drain, Reconfigured, Resume, Shutdown, Started
-from mgpu_core.state import ConsumerState, Phase, Residency, first_belief
+from mgpu_core.state import (
+    ConsumerState,
+    Phase,
+    Residency,
+    State,
+    first_belief,
+    initial_state,
+)
+
+
+def carried_over(last: State, config: Config) -> State:
+    """Give the state with which a new run begins: what outlives the last one, under `config`.
+
+    Who is no longer configured is forgotten; who is new begins as at a first start.
+    """
+    fresh = initial_state(in_order(config))
+    return evolve(
+        fresh,
+        at=last.at,
+        run=last.run,
+        epoch=last.epoch,
+        arrivals=last.arrivals,
+        age=last.age,
+        counters=last.counters,
+        consumers={
+            name: last.consumers[name].over_a_restart(state) if name in last.consumers else state
+            for name, state in fresh.consumers.items()
+        },
+    )
 
 
 def on_started(d: Draft, event: Started) -> None:

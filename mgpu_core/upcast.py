@@ -11,7 +11,8 @@ the change goes into `tests/golden/`.
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-Upcaster: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Json: TypeAlias = Mapping[str, Any]
+Upcaster: TypeAlias = Callable[[Json], Json]
 
 # By the name of an event or effect: from version 1 to 2, from 2 to 3, ...
 SHAPES: dict[str, tuple[Upcaster, ...]] = {}
@@ -39,7 +40,7 @@ def stamp(encoded: dict[str, Any]) -> dict[str, Any]:
     return encoded if version == 1 else {"type": encoded["type"], "version": version, **encoded}
 
 
-def shape(data: Mapping[str, Any]) -> Mapping[str, Any]:
+def shape(data: Json) -> Json:
     """Give an event or effect that was read in the shape of today, without its version.
 
     Raises UnknownVersionError.
@@ -58,7 +59,7 @@ def shape(data: Mapping[str, Any]) -> Mapping[str, Any]:
     return data
 
 
-def header(data: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+def header(data: Json, number: int) -> Json:
     """Give a header that was read in format `number` as one of today's."""
     for step in FORMATS[number - 1 :]:
         data = step(data)

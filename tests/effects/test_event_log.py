@@ -19,8 +19,7 @@ AT = 1_780_000_000_000_000
 # One line of it makes a segment full.
 FULL = {"type": "Request", "request": "x" * 2**20}
 HEADER = (
-    '{"log":"mgpu","format":1,"mgpu":"0.1.0","run":"r1",'
-    '"config":{"consumers":{}},"state":{"seq":0}'
+    '{"log":"mgpu","format":1,"mgpu":"0.1.0","run":"r1","config":{"consumers":{}},"state":{"seq":0}'
 )
 FIRST_EVENT = (
     '{"seq":1,"at":1780000000000001,'

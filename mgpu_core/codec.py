@@ -122,8 +122,12 @@ def _names(cls: Any) -> tuple[str, ...]:
 
 
 def _encode_fields(value: object) -> dict[str, Json]:
+    encoded: dict[str, Json] = {}
     kind: Any = type(value)
-    return {name: _encode(getattr(value, name)) for name in _names(kind)}
+    for name in _names(kind):
+        item = getattr(value, name)
+        encoded[name] = item if type(item) in _PLAIN else _encode(item)
+    return encoded
 
 
 def _encode(value: object) -> Json:
@@ -187,7 +191,7 @@ def _decoder(hint: Any) -> Decoder:
         return _class_decoder(hint)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in {Union, types.UnionType}:
-        return _union_decoder(tuple(_decoder(argument) for argument in arguments), str(hint))
+        return _union_decoder(arguments, str(hint))
     if origin is Literal:
         return _choice_decoder({choice: choice for choice in arguments})
     if origin is tuple:
@@ -225,8 +229,13 @@ def _class_decoder(cls: Any) -> Decoder:
     return decode
 
 
-def _union_decoder(decoders: tuple[Decoder, ...], expected: str) -> Decoder:
+def _union_decoder(arguments: tuple[Any, ...], expected: str) -> Decoder:
+    decoders = [_decoder(argument) for argument in arguments]
+    optional = types.NoneType in arguments
+
     def decode(data: Json) -> object:
+        if data is None and optional:
+            return None
         for decoder in decoders:
             try:
                 return decoder(data)

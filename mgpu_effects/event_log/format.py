@@ -29,8 +29,9 @@ from mgpu_core.replay import Record
 from mgpu_core.state import State
 
 Json: TypeAlias = Mapping[str, Any]
-_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
-_CRC_BYTES = len(b',"crc":"9ae1f03b"}')
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, check_circular=False).encode
+_decode = json.JSONDecoder().decode
+_CRC_BYTES = len(b',"crc":"9ae1f03b"}\n')
 _HEADER = {"log", "format", "mgpu", "run", "config", "state"}
 
 
@@ -159,10 +160,10 @@ def decode_line(line: bytes, place: Place) -> Segment | Record | Gap:
     """Read one line, with its LF. Raises BadLineError, and EventLogError for a newer format."""
     if not line.endswith(b"\n"):
         raise BadLineError("the line has no end")
-    body = line[:-1]
-    checked = _is_checked(body)
+    checked = _is_checked(line)
     try:
-        data: Any = json.loads(body) if checked or line.startswith(b'{"log"') else None
+        text = line.decode("ascii")
+        data: Any = _decode(text) if checked or text.startswith('{"log"') else None
     except ValueError as error:
         raise BadLineError(f"it is no JSON: {error}") from error
     if isinstance(data, dict) and "log" in data:
@@ -183,9 +184,9 @@ def decode_line(line: bytes, place: Place) -> Segment | Record | Gap:
         raise BadLineError(f"it is no event of a log: {error} is missing") from error
 
 
-def _is_checked(body: bytes) -> bool:
-    document, crc = body[:-_CRC_BYTES], body[-_CRC_BYTES:]
-    return crc == b',"crc":"%08x"}' % zlib.crc32(b"}", zlib.crc32(document))
+def _is_checked(line: bytes) -> bool:
+    document, crc = line[:-_CRC_BYTES], line[-_CRC_BYTES:]
+    return crc == b',"crc":"%08x"}\n' % zlib.crc32(b"}", zlib.crc32(document))
 
 
 def _decode_header(data: dict[str, Any], place: Place, *, checked: bool) -> Segment:

@@ -16,22 +16,26 @@ from mgpu_core.state import (
 )
 
 
-def carried_over(last: State, config: Config) -> State:
-    """Give the state with which a new run begins: what outlives the last one, under `config`.
+def carried_over(last: State, config: Config, at: int) -> State:
+    """Give the state with which a new run begins at `at`: what outlives the last, under `config`.
 
-    Who is no longer configured is forgotten; who is new begins as at a first start.
+    Who is no longer configured is forgotten; who is new begins as at a first start. Was the clock
+    set back between the two, what lies ahead stays as far ahead as it was.
     """
     fresh = initial_state(in_order(config))
+    back = max(0, last.at - at)
     return evolve(
         fresh,
-        at=last.at,
+        at=last.at - back,
         run=last.run,
         epoch=last.epoch,
         arrivals=last.arrivals,
         age=last.age,
         counters=last.counters,
         consumers={
-            name: last.consumers[name].over_a_restart(state) if name in last.consumers else state
+            name: last.consumers[name].over_a_restart(state, back)
+            if name in last.consumers
+            else state
             for name, state in fresh.consumers.items()
         },
     )

@@ -101,7 +101,7 @@ class Broker:
         memory = recall(self._event_log.directory, self._planner)
         self._seq = memory.seq
         if memory.state is not None:
-            self.state = carried_over(memory.state, self.state.config)
+            self.state = carried_over(memory.state, self.state.config, self._clock.now())
         self._event_log.begin(self._seq + 1)
         self._session = open_session()
         self._control = control_session()

@@ -7,6 +7,7 @@ content.
 import gzip
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -73,7 +74,11 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def segment_files(directory: Path) -> list[SegmentFile]:
-    """Give the segments in order: runs by their first event, and each run's as they follow."""
+    """Give the segments in order.
+
+    A run goes on counting events where the one before it ended. Only logs that were put together,
+    whose runs begin with the same number, are sorted by time.
+    """
     runs: dict[str, dict[int, SegmentFile]] = {}
     try:
         names = sorted(entry.name for entry in directory.iterdir())
@@ -84,8 +89,13 @@ def segment_files(directory: Path) -> list[SegmentFile]:
             file = SegmentFile(directory / name, found["run"], int(found["seq"]))
             runs.setdefault(file.run, {})[file.seq] = file
     ordered = [sorted(run.values(), key=lambda file: file.seq) for run in runs.values()]
-    ordered.sort(key=lambda run: (began_us(run[0]), run[0].seq, run[0].run))
-    return [file for run in ordered for file in run]
+    begins = Counter(run[0].seq for run in ordered)
+
+    def place(run: list[SegmentFile]) -> tuple[int, int, str]:
+        first = run[0]
+        return first.seq, began_us(first) if begins[first.seq] > 1 else 0, first.run
+
+    return [file for run in sorted(ordered, key=place) for file in run]
 
 
 def began_us(file: SegmentFile) -> int:

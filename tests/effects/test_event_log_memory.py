@@ -58,8 +58,19 @@ def test_a_new_run_is_as_if_the_old_state_had_been_started() -> None:
         scheduler = Scheduler(state.config)
         event = Started(at=state.at + 5, run="r2")
         expected = scheduler.step(state, event)
-        got = scheduler.step(carried_over(state, state.config), event)
+        got = scheduler.step(carried_over(state, state.config, event.at), event)
         assert got == expected
+
+
+def test_a_clock_that_was_set_back_holds_nothing_up() -> None:
+    state = experienced()
+    back = 10**15
+    begun = carried_over(state, state.config, state.at - back)
+    assert begun.at == state.at - back
+    after = begun.consumers["ollama"]
+    assert after.load_cooldown == Cooldown(failures=2, until=99 - back)
+    assert after.unload_cooldown == Cooldown(failures=1, until=98 - back)
+    assert after.last_used == 42 - back
 
 
 def test_what_is_known_of_a_consumer_outlives_a_change_of_the_configuration() -> None:
@@ -67,7 +78,7 @@ def test_what_is_known_of_a_consumer_outlives_a_change_of_the_configuration() ->
     others = {name: c for name, c in state.config.consumers.items() if name != "comfyui"}
     new = Consumer(name="new", load_route=True, unload_route=True)
     config = in_order(evolve(state.config, consumers={**others, "new": new}, overtake_bound=3))
-    begun = carried_over(state, config)
+    begun = carried_over(state, config, state.at + 9)
     assert begun.config == config
     assert begun.consumers.keys() == config.consumers.keys()
     assert (begun.epoch, begun.age, begun.counters) == (23, 17, state.counters)
@@ -79,7 +90,7 @@ def test_what_is_known_of_a_consumer_outlives_a_change_of_the_configuration() ->
 
 def test_what_was_under_way_does_not_outlive_it() -> None:
     state = next(s for s in history().states if s.swaps and s.requests)
-    begun = carried_over(state, state.config)
+    begun = carried_over(state, state.config, state.at + 9)
     for held in (begun.requests, begun.queue, begun.swaps, begun.promises, begun.serving):
         assert not held
     fresh = Scheduler(state.config).initial()

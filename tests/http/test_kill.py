@@ -109,7 +109,7 @@ async def test_after_a_kill_the_log_is_whole_and_the_next_run_knows_what_the_las
     runs = replayed(items)
     assert len(runs) == kills + 1
     for (_, last), (begun, _) in itertools.pairwise(runs):
-        assert begun == carried_over(last, last.config)
+        assert begun == carried_over(last, last.config, last.at)
     seqs = [item.seq for item in items if isinstance(item, Record)]
     assert seqs == list(range(1, len(seqs) + 1))
     assert len(seqs) > 20 * kills, "it was under load"

@@ -37,6 +37,10 @@ def default_dir(environ: Mapping[str, str] = os.environ) -> Path:
     return (home if home.is_absolute() else Path.home() / ".local" / "state") / "mgpu"
 
 
+class GoneError(EventLogError):
+    """There is no such file, or no longer."""
+
+
 @frozen
 class SegmentFile:
     """One segment, by what its name says."""
@@ -50,10 +54,13 @@ class SegmentFile:
         return self.path.suffix == COMPRESSED
 
     def open(self) -> BinaryIO:
-        """Open it, also where it was compressed since it was listed. Raises EventLogError."""
+        """Open it, also where it was compressed since it was listed.
+
+        Raises EventLogError, GoneError where it was removed.
+        """
         try:
             return open_log(self.path)
-        except EventLogError:
+        except GoneError:
             if self.compressed:
                 raise
             return open_log(self.path.with_name(self.path.name + COMPRESSED))
@@ -64,11 +71,13 @@ def segment_name(run: str, seq: int) -> str:
 
 
 def open_log(path: Path) -> BinaryIO:
-    """Open a file, compressed or not. Raises EventLogError."""
+    """Open a file, compressed or not. Raises EventLogError, GoneError where there is none."""
     try:
         with path.open("rb") as file:
             compressed = file.read(len(_GZIP)) == _GZIP
         return cast("BinaryIO", gzip.open(path)) if compressed else path.open("rb")
+    except FileNotFoundError as error:
+        raise GoneError(f"{path}: {error.strerror}") from error
     except OSError as error:
         raise EventLogError(f"{path}: {error.strerror}") from error
 

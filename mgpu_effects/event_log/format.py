@@ -101,7 +101,10 @@ class Segment:
 
 @frozen(kw_only=True)
 class Gap:
-    """Events that are not in the log. `recorded`: it says itself that it could not hold them."""
+    """Events that are not in the log; the state of the header before it is the one after them.
+
+    `recorded`: the log says itself that it could not hold them.
+    """
 
     first: int
     last: int
@@ -119,7 +122,10 @@ class Torn:
 
 @frozen(kw_only=True)
 class Skipped:
-    """Damage that was passed over: `size` bytes in `lines` lines, from `place` on."""
+    """Damage that was passed over: `size` bytes in `lines` lines, from `place` on.
+
+    What the state is after it is unknown, up to the next segment.
+    """
 
     place: Place
     size: int

@@ -71,14 +71,16 @@ def _fold(file: SegmentFile, planner: Planner | None) -> Memory:
             case Torn():
                 torn = item
     if torn is not None and not file.compressed:
-        _log.warning(
-            "event log: %s: %s; its last %d bytes are set aside in %s",
-            torn.place,
-            torn.reason,
-            torn.size,
-            set_aside(torn).name,
-        )
+        _set_aside(torn)
     return Memory(replay.state, seq)
+
+
+def _set_aside(torn: Torn) -> None:
+    told = f"{torn.place}: {torn.reason}; its last {torn.size} bytes"
+    try:
+        _log.warning("event log: %s are set aside in %s", told, set_aside(torn).name)
+    except OSError as error:  # a full disk; readers pass over them as well
+        _log.warning("event log: %s stay where they are: %s", told, error.strerror)
 
 
 def _told(file: SegmentFile, error: Exception) -> str:

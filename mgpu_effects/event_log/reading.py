@@ -9,6 +9,7 @@ cut off in mid-write: `Torn` tells of them. Before lines that are in order, or b
 leaves events out, they are corruption: an error, or `Skipped` with `salvage`.
 """
 
+import contextlib
 import sys
 import zlib
 from bisect import bisect_right
@@ -19,6 +20,7 @@ from typing import BinaryIO, TypeAlias
 from mgpu_core.replay import Record
 from mgpu_effects.event_log.files import (
     LINE_LIMIT_BYTES,
+    GoneError,
     SegmentFile,
     began_us,
     open_log,
@@ -72,12 +74,11 @@ def _read_directory(
     files = files[_first(files, seq, at) :]
     while files:
         file, *files = files
-        last = follow and not files
-        with file.open() as lines:
-            yield from reader.read(
-                lines, str(file.path), _Following(file, follow) if last and follow else None
-            )
-        if last:
+        last = not files
+        with contextlib.suppress(GoneError), file.open() as lines:  # what is gone shows as a gap
+            following = _Following(file, follow) if last and follow else None
+            yield from reader.read(lines, str(file.path), following)
+        if last and follow:
             files = _after(file)
 
 
@@ -92,8 +93,10 @@ def _first(files: Sequence[SegmentFile], seq: int | None, at: int | None) -> int
 
 def _after(file: SegmentFile) -> list[SegmentFile]:
     files = segment_files(file.path.parent)
-    here = [(other.run, other.seq) for other in files].index((file.run, file.seq))
-    return files[here + 1 :]
+    for number, other in enumerate(files, start=1):
+        if (other.run, other.seq) == (file.run, file.seq):
+            return files[number:]
+    return [other for other in files if other.seq > file.seq]  # it is gone by now
 
 
 class _Following:
@@ -182,16 +185,18 @@ class _Reader:
         self._next, self._begun, self._torn = last + 1, False, None
         yield item
 
-    def _missing(self, first: int, place: Place) -> Iterator[Gap]:
+    def _missing(self, first: int, place: Place) -> Iterator[Gap | Skipped]:
         """Whole segments may be gone, and their absence is told; within one, or behind a torn end,
         events that are missing were damaged.
         """
         assert self._next is not None
         whole_segments = self._begun and self._torn is None and first > self._next
+        reason = f"event {self._next} has to come here, not {first}"
         if not whole_segments and not self._salvage:
-            where = self._torn.place if self._torn else place
-            raise CorruptLogError(where, f"event {self._next} has to come here, not {first}")
-        if first > self._next:
+            raise CorruptLogError(self._torn.place if self._torn else place, reason)
+        if not self._begun:
+            yield Skipped(place=place, size=0, lines=0, reason=reason)
+        elif first > self._next:
             yield Gap(first=self._next, last=first - 1, recorded=False)
 
 

@@ -141,6 +141,23 @@ def test_a_torn_end_is_set_aside_and_told(tmp_path: Path, caplog: pytest.LogCapt
     assert path.read_bytes() + (tmp_path / f"{path.name}.torn").read_bytes() == whole[:-10]
 
 
+def test_a_full_disk_does_not_cost_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = history().first(30)
+    (path,) = write_log(tmp_path, told)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert recall(tmp_path).state == told.states[29]
+    assert "stay where they are: No space left on device" in caplog.text
+    assert path.read_bytes() == whole[:-10]
+
+
 def test_a_segment_that_is_torn_in_its_header_gives_way_to_the_one_before(tmp_path: Path) -> None:
     told = history().first(30)
     write_log(tmp_path, told)

@@ -112,6 +112,16 @@ def test_a_segment_that_is_compressed_meanwhile_is_found(tmp_path: Path) -> None
     assert len(records(list(items))) == STEPS
 
 
+def test_a_segment_that_is_removed_meanwhile_is_a_gap(tmp_path: Path) -> None:
+    write_log(tmp_path / "log", history(), per_segment=20)
+    items = read(tmp_path / "log")
+    next(items)
+    segment_files(tmp_path / "log")[1].path.unlink()
+    rest = list(items)
+    assert Gap(first=21, last=40, recorded=False) in rest
+    assert len(records(rest)) == STEPS - 20
+
+
 def test_a_gap_that_the_log_tells_of_is_told(tmp_path: Path) -> None:
     told = history()
     write_log(tmp_path / "log", told.first(10))
@@ -300,7 +310,9 @@ def test_a_line_that_somebody_took_out_is_corruption(tmp_path: Path) -> None:
     path.write_bytes(b"".join([*whole[:4], *whole[5:]]))
     with pytest.raises(CorruptLogError, match="event 4 has to come here, not 5"):
         list(read(path))
-    assert Gap(first=4, last=4, recorded=False) in list(read(path, salvage=True))
+    *_, skipped, _, _, _, _ = list(read(path, salvage=True))
+    assert isinstance(skipped, Skipped)
+    assert skipped.reason == "event 4 has to come here, not 5"
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip"])

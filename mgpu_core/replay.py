@@ -86,6 +86,8 @@ class Replay:
         transition = self.advance(record)
         if before is None or transition is None:
             return None
+        if not transition.effects and not record.effects:
+            return None
         difference = Difference(record=record, before=before, transition=transition)
         return difference if difference.got != difference.expected else None
 

@@ -162,7 +162,7 @@ Decoder: TypeAlias = Callable[[Json], object]
 def _decode_tagged(
     classes: Mapping[str, Any], data: Mapping[str, Json], where: str, **more: Json
 ) -> object:
-    if not isinstance(data, Mapping):
+    if not isinstance(data, dict):
         raise CodecError(f"expected an object, got {type(data).__name__}", where)
     tag = data.get("type")
     if not isinstance(tag, str) or tag not in classes:
@@ -210,7 +210,7 @@ def _class_decoder(cls: Any) -> Decoder:
     required = {attribute.name for attribute in given if attribute.default is NOTHING}
 
     def decode(data: Json) -> object:
-        if not isinstance(data, Mapping):
+        if not isinstance(data, dict):
             raise CodecError(f"expected an object, got {type(data).__name__}")
         if data.keys() != decoders.keys():
             if unknown := sorted(data.keys() - decoders.keys()):
@@ -274,7 +274,7 @@ def _tuple_decoder(item: Decoder) -> Decoder:
 
 def _mapping_decoder(key: type, item: Decoder) -> Decoder:
     def decode(data: Json) -> object:
-        if not isinstance(data, Mapping):
+        if not isinstance(data, dict):
             raise CodecError(f"expected an object, got {data!r}")
         decoded = {}
         name = ""

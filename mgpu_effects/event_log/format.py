@@ -32,6 +32,7 @@ Json: TypeAlias = Mapping[str, Any]
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, check_circular=False).encode
 _decode = json.JSONDecoder().decode
 _CRC_BYTES = len(b',"crc":"9ae1f03b"}\n')
+_NOT_AS_WRITTEN = "its checksum is not that of its bytes"
 _HEADER = {"log", "format", "mgpu", "run", "config", "state"}
 
 
@@ -171,11 +172,11 @@ def decode_line(line: bytes, place: Place) -> Segment | Record | Gap:
         text = line.decode("ascii")
         data: Any = _decode(text) if checked or text.startswith('{"log"') else None
     except ValueError as error:
-        raise BadLineError(f"it is no JSON: {error}") from error
+        raise BadLineError(f"it is no JSON: {error}" if checked else _NOT_AS_WRITTEN) from error
     if isinstance(data, dict) and "log" in data:
         return _decode_header(data, place, checked=checked)
     if not checked:
-        raise BadLineError("its checksum is not that of its bytes")
+        raise BadLineError(_NOT_AS_WRITTEN)
     try:
         if "gap" in data:
             return Gap(first=data["first"], last=data["last"], recorded=True)
@@ -197,7 +198,7 @@ def _is_checked(line: bytes) -> bool:
 
 def _decode_header(data: dict[str, Any], place: Place, *, checked: bool) -> Segment:
     if not checked and data.keys() != _HEADER:  # one without a checksum has these members
-        raise BadLineError("its checksum is not that of its bytes")
+        raise BadLineError(_NOT_AS_WRITTEN)
     written = data.get("format")
     if data["log"] != "mgpu" or type(written) is not int or written < 1:
         raise BadLineError("it is no header of a log of mgpu")

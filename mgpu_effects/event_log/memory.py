@@ -10,7 +10,7 @@ from mgpu_core.planners import Planner
 from mgpu_core.replay import Record, Replay
 from mgpu_core.state import State
 from mgpu_effects.event_log.files import SegmentFile, segment_files
-from mgpu_effects.event_log.format import EventLogError, Gap, Segment, Torn
+from mgpu_effects.event_log.format import CorruptLogError, EventLogError, Gap, Segment, Torn
 from mgpu_effects.event_log.keeping import set_aside
 from mgpu_effects.event_log.reading import read
 from mgpu_effects.event_log.writing import SEGMENT_EVENTS
@@ -84,6 +84,8 @@ def _set_aside(torn: Torn) -> None:
 
 
 def _told(file: SegmentFile, error: Exception) -> str:
+    if isinstance(error, CorruptLogError):
+        return f"{error.place}: {error.reason}"
     if isinstance(error, EventLogError):
         return str(error)
     if isinstance(error, CodecError):

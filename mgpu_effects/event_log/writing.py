@@ -131,6 +131,7 @@ class EventLog:
 
     async def close(self) -> None:
         """Write what is left, and let the directory go; the next run tidies up."""
+        self._ending.set()
         if self._gap is not None:
             self._begin_after = -math.inf
             self._begin(self._gap[1] + 1)
@@ -139,7 +140,6 @@ class EventLog:
             await asyncio.wait((self._syncer,))
             await self.sync()
         if self._keeper is not None:
-            self._ending.set()
             self._untidy.set()
             await self._keeper
         if self._segment is not None:

@@ -176,7 +176,7 @@ def test_reading_begins_with_the_segment_of_a_time(tmp_path: Path) -> None:
 def test_no_more_than_the_segments_from_there_on_are_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = write_log(tmp_path / "log", history(), per_segment=4)
+    paths = write_log(tmp_path / "log", history(), per_segment=2)
     looked_at = []
     real = Path.open
 

@@ -50,7 +50,7 @@ class History:
 
 
 @cache
-def history(seed: int = 1, acts: int = 12) -> History:
+def history(seed: int = 1, acts: int = 30) -> History:
     """Simulate it, with a load that fails now and then."""
     chance, config, faults = random.Random(seed), host(), Faults(load_fails=100, unload_fails=50)
     script = draw_script(chance, config, faults, acts=acts)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mgpu_http.bench import PARTS, core, proxying
+from mgpu_http.bench import PARTS, core, log, proxying
 from mgpu_http.bench.load import LoadError
 from mgpu_http.bench.servers import Target, servers
 from mgpu_http.commands.output import DONE, CommandError, document, message, result
@@ -95,6 +95,19 @@ def walk(rounds: int) -> list[Row]:
     ]
 
 
+def event_log(rounds: int) -> list[Row]:
+    costs = [log.measure() for _ in range(rounds)]
+    return [
+        {
+            "us per event, p50": round(min(cost.append_p50_us for cost in costs), 1),
+            "p99": round(min(cost.append_p99_us for cost in costs), 1),
+            "limit": log.APPEND_LIMIT_US,
+            "replayed/s": round(max(cost.replayed_per_s for cost in costs)),
+            "goal": log.REPLAY_GOAL_PER_S,
+        }
+    ]
+
+
 def requests(rounds: int) -> list[Row]:
     return asyncio.run(_answers("/answer", rounds, requests=900))
 
@@ -147,6 +160,7 @@ async def _bodies() -> list[Row]:
 MEASURES: Mapping[str, Callable[[int], list[Row]]] = {
     "steps": steps,
     "walk": walk,
+    "log": event_log,
     "requests": requests,
     "streams": streams,
     "bodies": bodies,

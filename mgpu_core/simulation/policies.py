@@ -43,10 +43,6 @@ class Policy:
 
 
 POLICIES: Mapping[str, Policy] = {
-    "fifo": Policy(
-        title="llama-swap's: what is loaded first, without a bound",
-        settings={"overtake_bound": None},
-    ),
     "arrival-order": Policy(
         title="strictly in order of arrival, loads beside work",
         settings={"overtake_bound": 0},
@@ -54,6 +50,10 @@ POLICIES: Mapping[str, Policy] = {
     "serial-lru": Policy(
         title="one lock: in order of arrival, one thing at a time",
         settings={"overtake_bound": 0, "overlap_loads": False},
+    ),
+    "fifo": Policy(
+        title="llama-swap's: what is loaded first, without a bound",
+        settings={"overtake_bound": None},
     ),
     "default": Policy(title="mgpu as shipped: what is loaded first, 8 overtakes at most"),
     "default-gdsf": Policy(
@@ -77,6 +77,7 @@ def simulate(workload: Workload, policy: Policy, chance: Chance) -> Measures:
         scheduler=Scheduler(config, policy.planner(workload)),
         traits=workload.traits,
         resident=frozenset(),
+        rereads=True,
     )
     meter = Meter()
     for event, transition in world.run(world.now + FOREVER_US // 2):

@@ -166,8 +166,12 @@ class World:
         scheduler: Scheduler | None = None,
         traits: Mapping[str, Traits] | None = None,
         resident: frozenset[str] | None = None,
+        rereads: bool = False,
     ) -> None:
         self.config = config
+        # The cards are read whenever a load or unload has ended, which takes the place of polls
+        # where these come so seldom that they don't count.
+        self.rereads = rereads
         self.chance = chance
         self.faults = faults
         self.scheduler = scheduler or Scheduler(config)
@@ -462,6 +466,8 @@ class World:
             lane.popleft()
             if lane:
                 self._begin(lane[0])
+        if self.rereads:
+            self._in(SECOND_US, self._sample)
         fields = {
             "consumer": command.consumer,
             "epoch": command.epoch,

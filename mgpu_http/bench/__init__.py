@@ -1,9 +1,10 @@
-"""`mgpu bench`: what a scheduling step costs, and what the broker adds to a request.
+"""`mgpu bench`: what a step costs, what the broker adds to a request, how policies compare.
 
 `core` steps the scheduler without a runtime; `log` writes an event log and replays it; `proxying`
 sends requests through real processes: the service itself (`upstream`), a bare Hypercorn application
 and a plain proxy that schedules nothing (`baselines`), and the broker. `load` is the client,
 `servers` starts the processes.
+`schedule` lets policies work off the same arrivals on a simulated host, drawn or read (`traces`).
 
 Machines are noisy: compare within one run, where everything takes turns.
 """
@@ -16,4 +17,5 @@ PARTS = {
     "requests": "A request and its answer",
     "streams": "An answer in 1,000 chunks",
     "bodies": "Memory while 1 GiB passes",
+    "schedule": "Policies on the same arrivals, simulated: waits in seconds, means over the seeds",
 }

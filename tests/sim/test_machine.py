@@ -87,6 +87,16 @@ class Environment(RuleBasedStateMachine):
             )
         )
 
+    @rule(numbers=st.lists(NUMBER, min_size=2, max_size=8), work=SECONDS)
+    def many_clients_ask(self, numbers: list[int], work: float) -> None:
+        for number in numbers:
+            self.happens(Ask(consumer=self.name(number), work_us=us(work)))
+
+    @rule(number=NUMBER, seconds=SECONDS)
+    def a_client_asks_and_time_passes(self, number: int, seconds: float) -> None:
+        self.happens(Ask(consumer=self.name(number)))
+        self.pass_by(seconds)
+
     @precondition(lambda self: self.run_.world.clients)
     @rule(number=NUMBER)
     def a_client_leaves(self, number: int) -> None:

@@ -57,6 +57,7 @@ class Environment(RuleBasedStateMachine):
         self.pass_by(0.2)
 
     def happens(self, act: Act) -> None:
+        self.run_.calm = self.run_.calm and isinstance(act, Ask)
         self.run_.world.happen(act)
         self.pass_by(0)
 
@@ -156,6 +157,7 @@ class Environment(RuleBasedStateMachine):
     @precondition(lambda self: self.run_.world.services)
     @rule(number=NUMBER)
     def a_service_dies(self, number: int) -> None:
+        self.run_.calm = False
         names = list(self.run_.world.services)
         self.run_.world.die(names[number % len(names)])
         self.pass_by(0)
@@ -166,6 +168,7 @@ class Environment(RuleBasedStateMachine):
 
     @rule(fault=st.sampled_from(RATED), rate=st.sampled_from([0, *RATES]))
     def something_begins_to_fail(self, fault: str, rate: int) -> None:
+        self.run_.calm = False
         self.run_.world.faults = evolve(self.run_.world.faults, **{fault: rate})
 
     # ---------------------------------------------------------------------------------- judged

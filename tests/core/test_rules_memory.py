@@ -3,7 +3,7 @@
 import pytest
 
 from mgpu_core.config import SECOND_US, Consumer, Gpu
-from mgpu_core.planners import View
+from mgpu_core.planners import Lru, View
 from tests.core.driver import Core, Table, service
 
 CARD_16 = (Gpu(total_mib=16_000),)
@@ -319,6 +319,12 @@ def test_a_planner_that_knows_no_set_leaves_it_in_the_queue() -> None:
     core = Core(service("b", 10_000), absent=["b"], planner=Never())
     assert core.request("r1", "b") == []
     assert core.queue == ["r1"]
+
+
+def test_a_planner_of_the_users_own_may_be_a_built_in_one_which_names_nobody_for_a_resident() -> None:
+    core = Core(service("a", 10_000), service("b", 10_000), planner=Lru())
+    core.sample(free=0)
+    assert core.request("r1", "b") == ["serve r1"]
 
 
 def test_a_planner_of_the_users_own_is_asked_anew_after_every_event() -> None:

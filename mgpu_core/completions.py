@@ -61,7 +61,7 @@ def loaded(d: Draft, name: str, error: str | None) -> None:
             name,
             Cause.LOAD_FAILED,
             Source.COMMAND,
-            uncertain="load",
+            uncertain=state.uncertain or "load",
             load_cooldown=cooldown,
             touched=d.at,
         )
@@ -73,7 +73,9 @@ def loaded(d: Draft, name: str, error: str | None) -> None:
                 retry_after_us=cooldown.until - d.at,
             )
         forget(d, swap)
-        d.give_up_promise(name)
+        promise_taken(d, name)  # what it took since the last sample is not free before the next
+        if any(gpu in d.cards for gpu in d.consumer(name).vram_mib):
+            d.sample()
         return
     d.move(
         name,

@@ -200,7 +200,15 @@ class Draft:
         operation = Operation(
             kind="load", epoch=epoch, since=self.at, deadline=self.at + self.config.load_timeout_us
         )
-        self.move(name, Cause.LOAD_STARTED, Source.COMMAND, operation=operation, touched=self.at)
+        self.move(
+            name,
+            Cause.LOAD_STARTED,
+            Source.COMMAND,
+            operation=operation,
+            touched=self.at,
+            # Should the load fail as well, what it holds since before is still there.
+            uncertain="unload" if self.consumers[name].uncertain == "unload" else None,
+        )
         self.counters = changed(self.counters, loads=self.counters.loads + 1)
         self.do(StartLoad(consumer=name, epoch=epoch))
 

@@ -55,7 +55,8 @@ def _operations(state: State) -> Iterator[str]:
         kind = consumer.operation.kind if consumer.operation else None
         if kind != expected:
             yield f"{name} is {consumer.residency} with operation {kind}"
-        if consumer.uncertain and consumer.residency is not Residency.UNKNOWN:
+        loads_after = consumer.residency is Residency.LOADING and consumer.uncertain == "unload"
+        if consumer.uncertain and consumer.residency is not Residency.UNKNOWN and not loads_after:
             yield f"{name} is {consumer.residency}, yet uncertain after a failed load or unload"
         if consumer.cleared and name not in state.waiting:
             yield f"{name} is cleared for a cold start that nobody waits for"

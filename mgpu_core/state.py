@@ -73,7 +73,7 @@ class ConsumerState:
     touched: int = -1
     # When its residency last changed.
     moved: int = -1
-    # What went wrong, where residency is UNKNOWN.
+    # What went wrong, where residency is UNKNOWN; a failed unload, also while it loads after that.
     uncertain: Literal["load", "unload"] | None = None
     # The memory of a lazy one is set aside: its next request may be granted and starts it.
     cleared: bool = False

@@ -151,11 +151,8 @@ def _bring_in(
         return None
     if victims is None:
         missing = d.remember(("no set", alike(d, name)), lambda: _no_set(d, name))
-        if missing.why is Why.UNFIT and _may_hold_some(d, name):
-            if working := _working(d, name):
-                return Reason(why=Why.VICTIM_AT_WORK, who=working)
-            d.start_unload(name, d.next_epoch(), because="what it may hold is in its own way")
-            return Reason(why=Why.UNLOADING)
+        if missing.why is Why.UNFIT and (told := _told_to_let_go(d, name)):
+            return told
         if missing.why is not Why.UNFIT or d.config.when_unfit == "wait":
             return missing
         if d.config.when_unfit == "reject":
@@ -176,17 +173,43 @@ def _bring_in(
     return None
 
 
+def _told_to_let_go(d: Draft, target: str) -> Reason | None:
+    """No set would do, but something that nobody counts on may be in the way: told to go, it
+    surely is not. The target itself comes first; each is told once.
+    """
+    if _may_hold_some(d, target) and may_be_evicted(d, target):
+        if working := _working(d, target):
+            return Reason(why=Why.VICTIM_AT_WORK, who=working)
+        d.start_unload(target, d.next_epoch(), because="what it may hold is in its own way")
+        return Reason(why=Why.UNLOADING)
+    consumer = d.consumer(target)
+    for name in sorted(d.consumers.keys() - {target, *consumer.can_coexist_with}):
+        shared = not consumer.vram_mib.keys().isdisjoint(d.consumer(name).vram_mib)
+        if shared and _keeps_some(d, name):
+            d.start_unload(name, d.next_epoch(), because="what it may hold is in the way")
+            return Reason(why=Why.VICTIM_AT_WORK, who=(name,))
+    return None
+
+
 def _may_hold_some(d: Draft, name: str) -> bool:
-    """A lazy one that nobody has seen empty: it may have been in use before the broker started, or
-    have loaded some of what a failed first request needed. Told to let go, it surely is.
+    """A lazy one that was perhaps in use before the broker started, and nobody has seen it empty;
+    or one whose load or first request failed, and may have left something.
     """
     state = d.consumers[name]
     unseen = state.residency is Residency.ABSENT and state.source is Source.ASSUMED
+    failed = state.residency is Residency.UNKNOWN and state.uncertain == "load"
+    return name not in d.swaps and ((unseen and d.consumer(name).lazy) or failed)
+
+
+def _keeps_some(d: Draft, name: str) -> bool:
+    """Its load or first request failed some time ago, and nobody has anything to do with it."""
+    state = d.consumers[name]
     return (
-        d.consumer(name).lazy
-        and (unseen or state.uncertain == "load")
-        and name not in d.swaps
+        state.uncertain == "load"
+        and _may_hold_some(d, name)
+        and d.at - state.moved >= d.config.settle_timeout_us
         and may_be_evicted(d, name)
+        and not any(at_work(d, one) for one in (name, *stops_with(d, name)))
     )
 
 

@@ -10,7 +10,8 @@ Nothing here reads a clock or makes chance: time is virtual, and whoever calls b
 from mgpu_core.simulation.chance import Chance
 from mgpu_core.simulation.faults import Faults, swarm
 from mgpu_core.simulation.oracles import ORACLES, Judge, Violation
-from mgpu_core.simulation.run import Report, campaign, first_violation, play, smallest
+from mgpu_core.simulation.run import Report, campaign, first_violation, play
+from mgpu_core.simulation.shrinking import judged, smallest
 from mgpu_core.simulation.world import Ask, Script, World
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "World",
     "campaign",
     "first_violation",
+    "judged",
     "play",
     "smallest",
     "swarm",

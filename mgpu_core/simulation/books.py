@@ -14,7 +14,8 @@ from attrs import define, evolve, field, frozen
 from mgpu_core import effects as fx
 from mgpu_core import events as ev
 from mgpu_core.config import Config, Consumer
-from mgpu_core.notes import Note
+from mgpu_core.notes import Note, Why
+from mgpu_core.planners import Planner
 from mgpu_core.state import Phase, Residency, State
 
 
@@ -102,6 +103,8 @@ class Step:
     notes: tuple[Note, ...]
     books: Books
     now: Books = field(factory=Books)
+    # None: a built-in one.
+    planner: Planner | None = None
 
     @property
     def at(self) -> int:
@@ -289,12 +292,21 @@ def _note_phases(books: Books, step: Step, tickets: Mapping[str, Ticket]) -> Non
     books.joined = joined
     lost = {step.books.waiting[n].consumer for n in step.books.joined - books.waiting.keys()}
     books.deserted = (step.books.deserted | lost) & step.after.swaps.keys()
-    for name in step.books.joined - joined:
+    # A swap may begin and end in one step.
+    for name in (step.books.joined | _joining(step)) - joined:
         if name in books.waiting and _is_in(step.after, books.waiting[name].consumer):
             books.owed[name] = books.waiting[name].consumer
     for held in (books.owed, books.overtakers, books.higher, books.takers):
         for name in [name for name in held if name not in books.waiting]:
             del held[name]
+
+
+def _joining(step: Step) -> set[str]:
+    return {
+        note.request
+        for note in step.notes
+        if note.type == "Waits" and note.request and note.details["why"] is Why.SWAP
+    }
 
 
 def _joined(state: State, name: str) -> bool:

@@ -41,6 +41,19 @@ def gain(state: State, consumer: Consumer, gpu: int) -> int:
     return max(0, held(state, consumer, gpu) - consumer.vram_residue_mib)
 
 
+def residue(state: State, consumer: Consumer, gpu: int) -> int:
+    """What it may have left of a card when it went: no more than nobody else is known to hold."""
+    card = state.cards.get(gpu)
+    if card is None or gpu not in consumer.vram_mib:
+        return 0
+    others = sum(
+        held(state, state.config.consumers[name], gpu)
+        for name, belief in state.consumers.items()
+        if name != consumer.name and belief.residency in HOLDING
+    )
+    return max(0, min(consumer.vram_residue_mib, card.used_mib - others))
+
+
 def good_card(state: State, gpu: int) -> Card | None:
     card = state.cards.get(gpu)
     return card if card and state.at - card.taken <= 3 * state.config.poll_interval_us else None

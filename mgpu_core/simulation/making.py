@@ -8,10 +8,21 @@ from mgpu_core import events as ev
 from mgpu_core.config import SECOND_US, Config, Consumer, Gpu, config_of
 from mgpu_core.simulation.chance import Chance, likely, pick
 from mgpu_core.simulation.faults import Faults
-from mgpu_core.simulation.world import Act, Ask, BrokerCrash, Busy, ClockStops, Foreign, Script
+from mgpu_core.simulation.world import (
+    CARD_MIB,
+    Act,
+    Ask,
+    BrokerCrash,
+    Busy,
+    ClockStops,
+    Foreign,
+    Script,
+)
 
 NAMES = "abcdefghijkl"
 FOREVER_US = 10**6 * SECOND_US
+# The longest wait in a run that need not end by itself: the second phase lasts longer.
+LONGEST_WAIT_US = 600 * SECOND_US
 SIZES_MIB = (4_000, 9_000, 13_000, 18_000, 2_000, 23_000, 0)
 # How a service is loaded and unloaded: load route, unload route, driver.
 WAYS: tuple[tuple[bool, bool, str], ...] = (
@@ -29,13 +40,15 @@ WAYS: tuple[tuple[bool, bool, str], ...] = (
 @frozen(kw_only=True)
 class Setting:
     """One run to be: a configuration and what happens to it. `fair`: nothing is in anybody's way
-    for ever, so that each wait must end by itself.
+    for ever, so that each wait must end by itself. `replayed`: its log is played again at the end,
+    which costs as much as the run.
     """
 
     config: Config
     script: Script
     faults: Faults
     fair: bool
+    replayed: bool = True
 
 
 def draw_config(chance: Chance, *, fair: bool) -> Config:
@@ -182,7 +195,77 @@ def _changed(chance: Chance, config: Config) -> Config:
     return evolve(config, consumers=consumers)
 
 
-def draw_setting(chance: Chance, faults: Faults, *, fair: bool, acts: int) -> Setting:
-    config = draw_config(chance, fair=fair)
+def draw_setting(
+    chance: Chance, faults: Faults, *, fair: bool, acts: int, config: Config | None = None
+) -> Setting:
+    """Draw a run; with a configuration of somebody's own, what happens to that."""
+    if config is None:
+        config = draw_config(chance, fair=fair)
+    else:
+        fair = fair and not unfair_because(config)
+        config = own_reading(config, fair=fair)
     script = draw_script(chance, config, faults, acts=acts)
-    return Setting(config=config, script=script, faults=faults, fair=fair)
+    replayed = pick(chance, (True, False, False))
+    return Setting(config=config, script=script, faults=faults, fair=fair, replayed=replayed)
+
+
+# ------------------------------------------------------------------ a configuration of one's own
+
+
+def own_reading(config: Config, *, fair: bool) -> Config:
+    """Take a configuration with time limits under which a run can be judged.
+
+    Fair: no wait is cut short, so that it shows whether all end by themselves. Else: as they are,
+    but that no wait lasts longer than a run.
+    """
+    if not fair:
+        return evolve(config, queue_timeout_us=min(config.queue_timeout_us, LONGEST_WAIT_US))
+    return evolve(
+        config,
+        queue_timeout_us=FOREVER_US,
+        load_timeout_us=max(config.load_timeout_us, 300 * SECOND_US),
+        unload_timeout_us=max(config.unload_timeout_us, 200 * SECOND_US),
+    )
+
+
+def unfair_because(config: Config) -> tuple[str, ...]:
+    """Say what may keep somebody waiting for ever by the configuration itself, however it is run.
+
+    Of each consumer: whom nothing may unload for it, or too many to unload at once. It errs on the
+    careful side: what is told here need not happen.
+    """
+    return tuple(
+        reason
+        for target in config.consumers.values()
+        if not target.vram_managed
+        for gpu in target.vram_mib
+        if (reason := _unfair_on(config, target, gpu))
+    )
+
+
+def _unfair_on(config: Config, target: Consumer, gpu: int) -> str | None:
+    settings = config.gpus.get(gpu, Gpu(index=gpu))
+    room_mib = (settings.total_mib or CARD_MIB) - settings.reserved_mib - settings.cushion_mib
+    if target.vram_auto and not target.vram_mib[gpu]:
+        return f"what {target.name} takes on GPU {gpu} is measured only once it runs"
+    need_mib = max(target.vram_mib[gpu], target.vram_load_mib)
+    if not need_mib or need_mib > room_mib:
+        return None  # nobody has to go for it; or it is refused at once
+    others = [one for one in config.consumers.values() if one is not target]
+    beside = [one for one in others if gpu in one.vram_mib and not one.vram_managed]
+    staying = [one for one in beside if not _may_go_for(config, target, one)]
+    left_mib = sum(one.vram_residue_mib for one in beside if one not in staying)
+    if need_mib + left_mib + sum(one.vram_mib[gpu] for one in staying) > room_mib:
+        names = ", ".join(one.name for one in staying) or "what unloads leave behind"
+        return f"{target.name} does not fit beside what can't be unloaded for it ({names})"
+    if len(beside) - len(staying) > config.max_evictions:
+        return f"for {target.name} more may have to go than max_evictions ({config.max_evictions})"
+    return None
+
+
+def _may_go_for(config: Config, target: Consumer, other: Consumer) -> bool:
+    siblings = () if other.unload_route else config.siblings[other.name]
+    going = [other, *(config.consumers[name] for name in siblings)]
+    return other.unloadable and not any(
+        one.vram_managed or one.name in target.can_coexist_with for one in going
+    )

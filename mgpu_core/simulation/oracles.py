@@ -13,6 +13,7 @@ from mgpu_core import events as ev
 from mgpu_core.config import Consumer
 from mgpu_core.invariants import violations
 from mgpu_core.notes import Note, Why
+from mgpu_core.planners import Planner
 from mgpu_core.scheduler import Scheduler, Transition
 from mgpu_core.simulation import ledger
 from mgpu_core.simulation.books import Books, Step, Ticket, refusals, shares_card, together, turn
@@ -245,11 +246,17 @@ def _after_unloads(
 
 
 def _still_held(step: Step, target: str, gpu: int) -> int:
-    """After a failed unload of the target itself, its memory counts as free for it."""
-    beliefs = (step.before.consumers.get(target), step.after.consumers.get(target))
+    """What the target itself holds while it is not in counts as free for it: all that it held
+    where its unload failed, else what its unload leaves behind, as far as the card shows it.
+    """
+    state, consumer = step.after, step.consumer(target)
+    beliefs = (step.before.consumers.get(target), state.consumers.get(target))
     failed = any(belief is not None and belief.uncertain == "unload" for belief in beliefs)
     failed = failed or any(n.type == "UnloadFailed" and n.consumer == target for n in step.notes)
-    return ledger.held(step.after, step.consumer(target), gpu) if failed else 0
+    if failed:
+        return ledger.held(state, consumer, gpu)
+    absent = state.consumers[target].residency is Residency.ABSENT
+    return ledger.residue(state, consumer, gpu) if absent else 0
 
 
 def spared(step: Step) -> Iterator[str]:
@@ -336,7 +343,7 @@ def what_answers_nothing(step: Step) -> Iterator[str]:
             stale = False
     if not stale:
         return
-    idle = Scheduler(step.before.config).step(step.before, ev.Tick(at=event.at))
+    idle = Scheduler(step.before.config, step.planner).step(step.before, ev.Tick(at=event.at))
     effects = [one for one in step.effects if not isinstance(one, fx.Probe)]
     if effects != [one for one in idle.effects if not isinstance(one, fx.Probe)]:
         yield f"{event} answers nothing, and yet brings about {effects}"
@@ -636,7 +643,9 @@ class Judge:
     """Looks at every step of a run, with books of its own."""
 
     state: State
-    built_in: bool = True
+    planner: Planner | None = None
+    # The one property to be looked at; empty: all.
+    only: str = ""
     last: Step = field(init=False)
     books: Books = field(factory=Books)
 
@@ -648,12 +657,16 @@ class Judge:
             effects=transition.effects,
             notes=transition.notes,
             books=self.books,
+            planner=self.planner,
         )
         step.now = turn(step)
         self.last = step
         self.state, self.books = transition.state, step.now
         # Of a planner of one's own, only it knows what fits.
-        oracles = (
-            (n, o) for n, o in ORACLES.items() if self.built_in or n not in {"P3", "P7", "P14"}
-        )
-        return [Violation(name, text) for name, oracle in oracles for text in oracle(step)]
+        left_out = () if self.planner is None else ("P3", "P7", "P14")
+        return [
+            Violation(name, text)
+            for name, oracle in ORACLES.items()
+            if name not in left_out and self.only in {"", name}
+            for text in oracle(step)
+        ]

@@ -1,4 +1,4 @@
-"""One whole run, and many of them; what is left of a failing one that still fails.
+"""One whole run, and many of them.
 
 A run has two phases. In the first, traffic and faults; every step is judged. In the second nobody
 new comes, faults stop, the operator lets go of all: now every wait must end, within a bounded time
@@ -8,33 +8,41 @@ replayed.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TypeAlias
 
 from attrs import evolve, field, frozen
 
 from mgpu_core import effects as fx
 from mgpu_core import events as ev
-from mgpu_core.codec import decode_event, decode_state, encode_effect, encode_event, encode_state
+from mgpu_core.codec import (
+    decode_event,
+    decode_state,
+    encode_effect,
+    encode_event,
+    encode_note,
+    encode_state,
+)
 from mgpu_core.config import SECOND_US, Config
 from mgpu_core.planners import Planner
 from mgpu_core.scheduler import Scheduler, Transition
 from mgpu_core.simulation.chance import Chance
-from mgpu_core.simulation.faults import Faults, swarm
+from mgpu_core.simulation.faults import CALM, Faults, swarm
 from mgpu_core.simulation.making import Setting, draw_setting
 from mgpu_core.simulation.oracles import Judge, Violation
+from mgpu_core.simulation.planning import Watched, told
 from mgpu_core.simulation.reach import labels
-from mgpu_core.simulation.world import Act, World
+from mgpu_core.simulation.world import World
 from mgpu_core.state import Residency, State
 
-T = TypeVar("T")
 ACTS = 25
 # The bounds of the second phase: cool-downs of five minutes may come one after another.
 PEACE_US = 1800 * SECOND_US
 PEACE_STEPS = 20_000
-# How often a failing run is played again to find a smaller one.
-TRIES = 2_000
+# What is no wrong of a planner, but can be had for less.
+NEEDLESS = "a planner names more than it needs"
 
 MakeChance = Callable[[int], Chance]
+Log: TypeAlias = Sequence[tuple[ev.Event, Transition]]
 
 
 @frozen(kw_only=True)
@@ -46,57 +54,100 @@ class Report:
     violation: Violation | None
     reached: Counter[str] = field(factory=Counter)
     seed: int | None = None
+    # How many of the events came before all was to end well.
+    war: int = 0
 
     @property
     def steps(self) -> int:
         return len(self.history)
 
 
-class _Run:
-    """A world, a judge, and what they have come to."""
+class Witness:
+    """Sees every step of a run: a judge, and what a planner of one's own has answered."""
 
-    def __init__(self, setting: Setting, chance: Chance, planner: Planner | None) -> None:
+    def __init__(self, state: State, watched: Watched | None, only: str = "") -> None:
+        self.judge = Judge(state, planner=watched, only=only)
+        self._watched = watched
+        self._known = set(state.config.consumers)
+
+    def see(self, event: ev.Event, transition: Transition) -> list[Violation]:
+        violations = self.judge.see(event, transition)
+        if self._watched is None:
+            return violations
+        self._known.update(transition.state.config.consumers)
+        return self._watched.found(self._known) + violations
+
+
+class Run:
+    """A world, a witness, and what they have come to."""
+
+    def __init__(self, setting: Setting, chance: Chance, planner: Planner | None = None) -> None:
         self.setting = setting
-        self.planner = planner
+        self.watched = None if planner is None else Watched(planner)
         self.world = World(
             setting.config,
             chance=chance,
             script=setting.script,
             faults=setting.faults,
-            scheduler=Scheduler(setting.config, planner),
+            scheduler=Scheduler(setting.config, self.watched),
         )
-        self.judge = Judge(self.world.state, built_in=planner is None)
+        self.witness = Witness(self.world.state, self.watched)
         self.log: list[tuple[ev.Event, Transition]] = []
         self.reached: Counter[str] = Counter()
+        self.calm = is_calm(setting)
+        self._war_steps = 0
 
     def live(self, until_us: int | None) -> Iterator[tuple[ev.Event, Transition, list[Violation]]]:
         for event, transition in self.world.run(until_us):
             self.log.append((event, transition))
-            violations = self.judge.see(event, transition)
-            self.reached.update(labels(self.judge.last))
+            violations = self.witness.see(event, transition)
+            self.reached.update(labels(self.witness.judge.last))
+            if self.calm:
+                violations += self._in_calm_weather(transition)
             yield event, transition, violations
 
+    def _in_calm_weather(self, transition: Transition) -> Iterator[Violation]:
+        """Where nothing goes wrong nobody is refused, and no card has to hold more than it can."""
+        if self.world.overcommitted:
+            yield Violation(
+                "P7", "a card is given more than it can hold, though all is as declared"
+            )
+        for effect in transition.effects:
+            if isinstance(effect, fx.Reject) and effect.code in {"load_failed", "unloaded"}:
+                yield Violation("P1", f"{effect.request} is refused for nothing: {effect.message}")
+
     def report(self, violation: Violation | None) -> Report:
+        if self.watched is not None and self.watched.needless:
+            self.reached[NEEDLESS] = self.watched.needless
         return Report(
             setting=self.setting,
             history=tuple(event for event, _ in self.log),
             violation=violation,
             reached=self.reached,
+            war=self._war_steps,
         )
 
     def play(self) -> Report:
         try:
-            phases = (self._war, self._peace, self._rest, self._replays)
-            return self.report(next((found for phase in phases if (found := phase())), None))
-        except AssertionError as error:
+            return self.report(self._war() or self.after())
+        except Exception as error:  # noqa: BLE001 - a step never raises
             culprit = self.world.last_event
             if culprit is not None:
                 self.log.append((culprit, Transition(self.world.state, (), ())))
-            return self.report(Violation("P15", f"the core gives up: {error}"))
+            return self.report(gives_up(error))
+
+    def after(self) -> Violation | None:
+        """Let everything come to its end, and look at the whole of it."""
+        phases = (self._peace, self._rest, self._replays)
+        return next((found for phase in phases if (found := phase())), None)
 
     def _war(self) -> Violation | None:
         script = self.setting.script
         end_us = self.world.now + (script[-1][0] if script else 0) + 5 * SECOND_US
+        return self.until(end_us)
+
+    def until(self, end_us: int) -> Violation | None:
+        """Live up to a virtual time, or the first violation."""
         for _, _, violations in self.live(end_us):
             if violations:
                 return violations[0]
@@ -105,7 +156,7 @@ class _Run:
     def _peace(self) -> Violation | None:
         """P1, to the end: everybody's wait ends."""
         world = self.world
-        since = world.now
+        since, self._war_steps = world.now, len(self.log)
         world.make_peace()
         steps = 0
         for event, transition, violations in self.live(since + PEACE_US):
@@ -126,11 +177,8 @@ class _Run:
         """In a fair setting, nothing but a request's own deadline may end a wait."""
         if not self.setting.fair:
             return None
-        for effect in transition.effects:
-            if isinstance(effect, fx.Reject) and effect.code == "queue_timeout":
-                ticket = self.judge.last.books.waiting.get(effect.request)
-                if ticket and ticket.deadline - ticket.at >= self.setting.config.queue_timeout_us:
-                    return f"{effect.request} had to time out: {effect.message}"
+        if text := timed_out(self.witness.judge, transition):
+            return text
         for note in transition.notes:
             ended = note.type in {"LoadFailed", "UnloadFailed"}
             late = event.at > since + 5 * SECOND_US
@@ -142,9 +190,8 @@ class _Run:
         """P12: at rest, what is believed of a service that tells is what is so."""
         # Whose client left during a cold start loads on; then it is probed once more.
         rest_us = 3 * self.world.state.config.probe_interval_us + 60 * SECOND_US
-        for _, _, violations in self.live(self.world.now + rest_us):
-            if violations:
-                return violations[0]
+        if violation := self.until(self.world.now + rest_us):
+            return violation
         for name, service in self.world.services.items():
             belief = self.world.state.consumers.get(name)
             moving = self.world.state.requests or self.world.open_commands
@@ -163,25 +210,57 @@ class _Run:
 
     def _replays(self) -> Violation | None:
         """P11 and P13 at once: only where that fails it matters which of them did."""
-        config = self.setting.config
-        if replayed(backwards(config), self.log, self.planner, "") is None:
+        if not self.setting.replayed:
             return None
-        return replayed(config, self.log, self.planner, "P11") or replayed(
-            backwards(config), self.log, self.planner, "P13"
-        )
+        return replays(self.setting.config, self.log, self.watched)
+
+
+def is_calm(setting: Setting) -> bool:
+    """Nothing goes wrong, and every size is as declared."""
+    config, operates = setting.config, (ev.Unload, ev.Load, ev.Reconfigured)
+    return (
+        setting.fair
+        and setting.faults == evolve(CALM, client_leaves=setting.faults.client_leaves)
+        and config.when_unfit != "admit"
+        and all(gpu.total_mib is not None for gpu in config.gpus.values())
+        and not any(one.vram_auto or one.can_coexist_with for one in config.consumers.values())
+        and not any(isinstance(act, operates) for _, act in setting.script)
+    )
+
+
+def gives_up(error: Exception) -> Violation:
+    return Violation("P15", f"a step does not end well: {told(error)}")
+
+
+def timed_out(judge: Judge, transition: Transition) -> str | None:
+    """Say who was ended by the longest wait there is, not by a deadline of its own."""
+    for effect in transition.effects:
+        if isinstance(effect, fx.Reject) and effect.code == "queue_timeout":
+            ticket = judge.last.books.waiting.get(effect.request)
+            longest_us = transition.state.config.queue_timeout_us
+            if ticket and ticket.deadline - ticket.at >= longest_us:
+                return f"{effect.request} had to time out: {effect.message}"
+    return None
 
 
 def pending(state: State) -> str:
     """Say who waits still, and for whom."""
-    told = []
+    told_of = []
     for name, request in state.requests.items():
         reason = state.reasons.get(name)
         why = f"{reason.why.value} {list(reason.who)}" if reason else request.phase.value
-        told.append(f"{name} for {request.consumer} ({why})")
-    return ", ".join(told)
+        told_of.append(f"{name} for {request.consumer} ({why})")
+    return ", ".join(told_of)
 
 
 # ------------------------------------------------------------------------------------ replays
+
+
+def replays(config: Config, log: Log, planner: Planner | None) -> Violation | None:
+    """P11 and P13: the log gives the same again, whatever the order of the configuration."""
+    if replayed(backwards(config), log, planner, "") is None:
+        return None
+    return replayed(config, log, planner, "P11") or replayed(backwards(config), log, planner, "P13")
 
 
 def backwards(config: Config) -> Config:
@@ -193,12 +272,7 @@ def backwards(config: Config) -> Config:
     )
 
 
-def replayed(
-    config: Config,
-    log: Sequence[tuple[ev.Event, Transition]],
-    planner: Planner | None,
-    name: str,
-) -> Violation | None:
+def replayed(config: Config, log: Log, planner: Planner | None, name: str) -> Violation | None:
     """P11, P13: the log, read back, gives the same effects and the same state at every point."""
     scheduler = Scheduler(config, planner)
     state = scheduler.initial()
@@ -207,10 +281,14 @@ def replayed(
             state = decode_state(encode_state(state))
         again = scheduler.step(state, decode_event(encode_event(event), event.at))
         state = again.state
-        same = [encode_effect(e) for e in again.effects] == [encode_effect(e) for e in live.effects]
-        if not same or state != live.state:
+        if state != live.state or encoded(again) != encoded(live):
             return Violation(name, f"event {number}, {event}: a replay differs")
     return None
+
+
+def encoded(transition: Transition) -> list[object]:
+    effects = [encode_effect(effect) for effect in transition.effects]
+    return [*effects, *(encode_note(note) for note in transition.notes)]
 
 
 # ---------------------------------------------------------------------------------- campaigns
@@ -230,110 +308,36 @@ def play(
 
 
 def play_setting(setting: Setting, chance: Chance, planner: Planner | None = None) -> Report:
-    return _Run(setting, chance, planner).play()
+    return Run(setting, chance, planner).play()
 
 
 def campaign(
-    seeds: Iterable[int], chance_of: MakeChance, *, planner: Planner | None = None, acts: int = ACTS
+    seeds: Iterable[int],
+    chance_of: MakeChance,
+    *,
+    planner: Planner | None = None,
+    acts: int = ACTS,
+    config: Config | None = None,
 ) -> Iterator[Report]:
-    """Play one run for each seed, every other one in a fair setting."""
+    """Play one run for each seed, every other one in a fair setting.
+
+    With a configuration, in that; where it is not fair (`unfair_because`), no run is.
+    """
     for seed in seeds:
         chance = chance_of(seed)
         faults = swarm(chance)
-        setting = draw_setting(chance, faults, fair=seed % 2 == 0, acts=acts)
+        setting = draw_setting(chance, faults, fair=seed % 2 == 0, acts=acts, config=config)
         yield evolve(play_setting(setting, chance_of(seed), planner), seed=seed)
 
 
 def first_violation(
-    seeds: Iterable[int], chance_of: MakeChance, *, planner: Planner | None = None, acts: int = ACTS
+    seeds: Iterable[int],
+    chance_of: MakeChance,
+    *,
+    planner: Planner | None = None,
+    acts: int = ACTS,
+    config: Config | None = None,
 ) -> Report | None:
     """Play until something is broken; None: nothing was."""
-    reports = campaign(seeds, chance_of, planner=planner, acts=acts)
+    reports = campaign(seeds, chance_of, planner=planner, acts=acts, config=config)
     return next((report for report in reports if report.violation is not None), None)
-
-
-# ------------------------------------------------------------------------------- the smallest
-
-
-def smallest(report: Report, chance_of: MakeChance, planner: Planner | None = None) -> Report:
-    """Give the smallest run that breaks the same property.
-
-    First with less of a script, in the world; then, where single steps show it, with fewer events.
-    """
-    assert report.violation is not None
-    assert report.seed is not None
-    wanted, seed = report.violation.property, report.seed
-    best = [report]
-
-    def fails_in_the_world(script: Sequence[tuple[int, Act]]) -> bool:
-        setting = evolve(report.setting, script=tuple(script))
-        again = play_setting(setting, chance_of(seed), planner)
-        found = again.violation is not None and again.violation.property == wanted
-        if found:
-            best[0] = evolve(again, seed=seed)
-        return found
-
-    _shortest(report.setting.script, fails_in_the_world, tries=100)
-    history = best[0].history
-
-    def fails_alone(events: Sequence[ev.Event]) -> bool:
-        violation = judged(report.setting.config, events, planner)
-        return violation is not None and violation.property == wanted
-
-    if fails_alone(history):
-        events = tuple(_shortest(history, fails_alone, tries=TRIES))
-        violation = judged(report.setting.config, events, planner)
-        return evolve(best[0], history=events, violation=violation)
-    return best[0]
-
-
-def judged(
-    config: Config, events: Sequence[ev.Event], planner: Planner | None = None
-) -> Violation | None:
-    """Feed these events to a scheduler and give the first violation.
-
-    An answer to a command answers the one that is open now: without some earlier event it may
-    have got another epoch.
-    """
-    scheduler = Scheduler(config, planner)
-    state = scheduler.initial()
-    judge = Judge(state, built_in=planner is None)
-    for recorded in events:
-        event = _answering(recorded, judge)
-        try:
-            transition = scheduler.step(state, event)
-        except AssertionError as error:
-            return Violation("P15", f"the core gives up: {error}")
-        state = transition.state
-        if violations := judge.see(event, transition):
-            return violations[0]
-    return None
-
-
-def _answering(event: ev.Event, judge: Judge) -> ev.Event:
-    if not isinstance(event, ev.UnloadDone | ev.SwapDone):
-        return event
-    order = judge.books.orders.get(event.consumer)
-    kind = "load" if isinstance(event, ev.SwapDone) else "unload"
-    same = order is not None and order.kind == kind
-    return evolve(event, epoch=order.epoch) if order is not None and same else event
-
-
-def _shortest(
-    items: Sequence[T], fails: Callable[[Sequence[T]], bool], *, tries: int
-) -> Sequence[T]:
-    """Leave out larger parts, then smaller ones, as long as it still fails."""
-    size = max(1, len(items) // 2)
-    while tries > 0:
-        start, shorter = 0, False
-        while start < len(items) and tries > 0:
-            rest = [*items[:start], *items[start + size :]]
-            tries -= 1
-            if fails(rest):
-                items, shorter = rest, True
-            else:
-                start += size
-        if size == 1 and not shorter:
-            break
-        size = size if shorter and size == 1 else max(1, size // 2)
-    return items

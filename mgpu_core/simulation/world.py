@@ -329,7 +329,8 @@ class World:
                 if act.consumer in self.services:
                     self.services[act.consumer].busy_until = self.now + act.us
             case BrokerCrash():
-                self._crash(act)
+                if not self.down:
+                    self._crash(act)
             case ClockStops():
                 self._stamp()
                 self.clock_stands_until = self.now + act.us
@@ -424,8 +425,7 @@ class World:
         timeout_us = self.config.load_timeout_us if loads else self.config.unload_timeout_us
         if self._fault(f"{which}_hangs"):
             us = timeout_us + self.chance.randint(1, 30) * SECOND_US
-        elif not (loads and service.loaded) and self._fault(f"{which}_fails"):
-            # To load what is loaded is nothing to do, and does not fail.
+        elif self._fault(f"{which}_fails"):
             command.error = f"{which}_failed"
         elif loads and self._fault("load_late"):
             us *= 4

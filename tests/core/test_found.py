@@ -1,7 +1,5 @@
 """Defects that tests over HTTP found in the core, each on the shortest history that showed it."""
 
-import pytest
-
 from mgpu_core.config import Gpu
 from tests.core.driver import Core, lazy, service
 
@@ -154,7 +152,6 @@ def test_memory_cleared_for_a_cold_start_is_not_there_when_another_came_back_uns
     assert core.unloaded("a") == ["serve r2"]
 
 
-@pytest.mark.xfail(reason="core.md 4.3: after a failed load it gains nothing, whatever it holds")
 def test_a_load_that_fails_after_an_unload_that_failed_leaves_a_victim() -> None:
     """It was never unloaded, so it holds its memory still; no probe tells. Others wait for ever."""
     core = Core(service("a", 11_000), service("b", 8_000), gpus=CARD, absent=["b"])
@@ -168,3 +165,31 @@ def test_a_load_that_fails_after_an_unload_that_failed_leaves_a_victim() -> None
     core.wait(20)
     core.sample(free=4_000)
     assert core.request("r3", "b") == ["unload a"]
+
+
+def test_what_a_failed_load_left_makes_room_for_others() -> None:
+    """It came in after all, when its time was over: its probe doesn't tell, but the card shows it.
+
+    It gains nothing as a victim, so no plan counts on it. But it need not stay for ever either.
+    """
+    core = Core(service("a", 11_000), service("b", 8_000), gpus=CARD, absent=["a", "b"])
+    core.sample(free=15_000)
+    assert core.request("r1", "a") == ["load a"]
+    core.loaded("a", error="timeout")
+    core.sample(free=4_000)
+    assert core.request("r2", "b") == []
+    assert [core.wait(5) + core.sample(free=4_000) for _ in range(2)] == [[], ["unload a"]]
+    assert core.unloaded("a") == []
+    assert core.sample(free=15_000) == ["load b"]
+
+
+def test_what_a_failed_load_left_is_asked_to_go_only_once() -> None:
+    core = Core(service("a", 11_000), service("b", 8_000), gpus=CARD, absent=["a", "b"])
+    core.sample(free=15_000)
+    core.request("r1", "a")
+    core.loaded("a", error="timeout")
+    core.sample(free=4_000)
+    core.request("r2", "b")
+    assert [core.wait(5) + core.sample(free=4_000) for _ in range(2)] == [[], ["unload a"]]
+    core.unloaded("a")
+    assert not any(core.wait(5) + core.sample(free=4_000) for _ in range(8))

@@ -17,8 +17,7 @@ from mgpu_core.draft import Draft
 from mgpu_core.memory import free_mib, good_card
 from mgpu_core.notes import Reason, Why
 from mgpu_core.requests import on_cancel
-from mgpu_core.simulation import ORACLES, campaign, first_violation
-from mgpu_core.simulation.run import judged, smallest
+from mgpu_core.simulation import ORACLES, campaign, first_violation, judged, smallest
 from mgpu_core.state import Phase, Source
 from mgpu_core.swaps import forget
 from mgpu_core.transitions import Cause

@@ -3,6 +3,7 @@
 import pytest
 
 from mgpu_core.config import SECOND_US, Consumer, Gpu
+from mgpu_core.events import Request
 from tests.core.driver import CARD, STEP_US, Core, Table, lazy, service
 
 TWO_CARDS = (Gpu(index=0, total_mib=24_000), Gpu(index=1, total_mib=24_000))
@@ -142,6 +143,16 @@ def test_the_queue_goes_by_priority_then_arrival() -> None:
         ["serve d"],
         ["serve a"],
     ]
+
+
+def test_who_comes_in_the_very_moment_for_which_others_waited_is_not_before_them() -> None:
+    core = Core(service("v", 24_000), service("b", 8_000), service("c", 8_000), absent=["b", "c"])
+    core.request("older", "b")
+    core.unloaded("v", error="unload_failed")
+    assert core.queue == ["older"]
+    core.at = core.state.consumers["v"].unload_cooldown.until
+    assert core.feed(Request(at=core.at, request="new", consumer="c")) == ["unload v"]
+    assert core.waiters("b") == ["older"]
 
 
 def test_a_consumers_own_priority_is_taken_where_the_request_names_none() -> None:

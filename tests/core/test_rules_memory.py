@@ -319,9 +319,17 @@ def test_a_planner_that_knows_no_set_leaves_it_in_the_queue() -> None:
     core = Core(service("b", 10_000), absent=["b"], planner=Never())
     assert core.request("r1", "b") == []
     assert core.queue == ["r1"]
+    core = Core(service("b", 10_000), absent=["b"], planner=Never(), when_unfit="reject")
+    assert core.request("r1", "b") == ["reject r1 insufficient_vram"]
+    assert core.rejection("r1").message == (
+        "b needs 10000 MiB on GPU 0, 24000 MiB are free and cannot be made enough; "
+        "held by: nobody known"
+    )
 
 
-def test_a_planner_of_the_users_own_may_be_a_built_in_one_which_names_nobody_for_a_resident() -> None:
+def test_a_planner_of_the_users_own_may_be_a_built_in_one_which_names_nobody_for_a_resident() -> (
+    None
+):
     core = Core(service("a", 10_000), service("b", 10_000), planner=Lru())
     core.sample(free=0)
     assert core.request("r1", "b") == ["serve r1"]

@@ -1,6 +1,6 @@
 """Change every expression of the core in turn and see which no example test notices.
 
-python -m tests.planted.mutants [--jobs 2] [--share N] [MODULE or MUTANT ...]
+python -m tests.planted.mutants [--jobs 2] [--share N] [NAME ...]
 
 mutmut makes the mutants; its own way of running them takes a second for each, most of it to start
 pytest anew. `judge.py` starts it once. What survives is printed as it is found, the table last.
@@ -83,16 +83,19 @@ def verdicts(tree: Path, mutants: list[str], jobs: int) -> Iterator[tuple[str, s
 
 
 def chosen(changes: Mapping[str, str], wanted: Collection[str], part: int) -> list[str]:
-    """Take the wanted ones, if any are named; of all, one in `part`, the same ones each time."""
+    """Take the wanted ones, or those of functions; of all, one in `part`, the same each time."""
     if wanted:
-        return [name for name in changes if name in wanted]
+        return [name for name in changes if name in wanted or stem(name) in wanted]
     return [name for name in changes if zlib.crc32(name.encode()) % part == 0]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.planted.mutants")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="walk, swaps, ... or single mutants; none: all"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="walk, ..., a mutant or the beginning that those of a function share; none: all",
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--share", type=int, default=1, metavar="N", help="only one in N")

@@ -3,6 +3,7 @@
 import pytest
 
 from mgpu_core.config import SECOND_US, Consumer, Gpu
+from mgpu_core.notes import Reason, Why
 from mgpu_core.planners import Lru, View
 from tests.core.driver import Core, Table, service
 
@@ -309,6 +310,19 @@ def test_even_a_planner_of_the_users_own_evicts_nobody_protected(protected: Cons
     core = Core(protected, service("b"), absent=["b"], planner=Table({"b": ["p"]}))
     assert core.request("r1", "b") == []
     assert core.queue == ["r1"]
+    assert core.state.reasons["r1"] == Reason(why=Why.UNFIT, who=("p",))
+
+
+def test_what_a_planner_of_the_users_own_names_goes_as_far_as_it_is_there_and_can() -> None:
+    core = Core(
+        *(service(name) for name in ("gone", "a", "b")),
+        absent=["gone", "b"],
+        planner=Table({"b": ["gone", "a"]}),
+    )
+    assert core.request("r1", "b") == ["unload a"]
+    core.unloaded("a", error="unload_failed")
+    assert core.state.reasons["r1"] == Reason(why=Why.COOLDOWN, who=("a",))
+    assert core.wait(5) == ["unload a"]
 
 
 def test_a_planner_that_knows_no_set_leaves_it_in_the_queue() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.planted import switch
 from tests.planted.planting import (
     DoesNotApplyError,
     caught,
@@ -38,3 +39,20 @@ def test_quick_one_is_caught(name: str) -> None:
     (plant,) = [plant for plant in PLANTS if plant.name == name]
     with planted(plant) as tree:
         assert caught(tree, seed=1)
+
+
+def test_one_mutant_at_a_time_takes_the_place_of_its_function(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def x_answer__mutmut_orig() -> int:
+        return 42
+
+    variants = {switch.ORIGINAL: x_answer__mutmut_orig, "x_answer__mutmut_1": lambda: 43}
+    answer = switch.wrap_in_trampoline(variants)(x_answer__mutmut_orig)
+    assert answer() == 42
+    monkeypatch.setattr(switch, "active", {__name__: "x_answer__mutmut_1"})
+    assert answer() == 43
+    monkeypatch.setattr(switch, "active", {"another module": "x_answer__mutmut_1"})
+    monkeypatch.setattr(switch, "called", set())
+    assert answer() == 42
+    assert switch.called == {f"{__name__}.x_answer"}

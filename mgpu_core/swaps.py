@@ -292,12 +292,12 @@ def end(d: Draft, swap: Swap, *, because: str) -> None:
 
 
 def abandon(d: Draft, swap: Swap) -> None:
-    """Forget a swap that force has overtaken; its unloads go on to their end."""
+    """Forget a swap that force has overtaken; its unloads go on to their end, and what was set
+    aside for its target ends with that.
+    """
     d.note("SwapEnded", consumer=swap.target, epoch=swap.epoch, because="unloaded by force")
     assert not d.joined(swap.target)
     forget(d, swap)
-    if d.consumers[swap.target].residency is not Residency.LOADING:
-        d.give_up_promise(swap.target)  # else its unload, which follows, ends it
 
 
 def forget(d: Draft, swap: Swap) -> None:

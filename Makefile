@@ -39,8 +39,8 @@ lint: $(READY) ## ruff, mypy --strict and the arrow of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-fuzz: $(READY) ## the properties with fresh seeds, for SECONDS=60, or once more with SEED=N
-	$(BIN)/python -m tests.sim.fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+fuzz: $(INSTALLED) ## the properties with fresh seeds, for SECONDS=60, or once more with SEED=N
+	$(BIN)/mgpu fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 planted: $(READY) ## each planted bug of the core, and which property catches it, as a table
 	$(BIN)/python -m tests.planted.run

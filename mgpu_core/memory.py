@@ -54,6 +54,8 @@ def gain_mib(d: Draft, name: str, gpu: int, *, by_driver: bool = False) -> int:
         return 0
     if state.residency is Residency.ABSENT and name not in d.swaps:
         return 0
+    if kept := kept_mib(d, name, gpu):
+        return kept
     if (
         state.residency is Residency.UNKNOWN
         and state.uncertain != "unload"
@@ -64,6 +66,17 @@ def gain_mib(d: Draft, name: str, gpu: int, *, by_driver: bool = False) -> int:
     if state.leaky_mib is None:
         return full
     return full - state.leaky_mib if by_driver and stops_a_leak(d, name) else state.leaky_mib
+
+
+def kept_mib(d: Draft, name: str, gpu: int) -> int:
+    """What is set aside on a card for the first request of a lazy one that was brought up without
+    any: it holds none of that yet, and if it goes, the promise goes with it.
+    """
+    promise = d.promises.get(name)
+    if promise is None or promise.granted is not None or promise.done is not None:
+        return 0
+    waits = d.consumers[name].residency is Residency.RESIDENT
+    return promise.mib.get(gpu, 0) if waits and good_card(d, gpu) else 0
 
 
 def stops_a_leak(d: Draft, name: str) -> bool:

@@ -12,6 +12,7 @@ from mgpu_core.memory import (
     gain_mib,
     good_card,
     is_busy,
+    kept_mib,
     may_be_evicted,
     need_mib,
     promise_for,
@@ -50,7 +51,8 @@ def _ask(d: Draft, target: str) -> tuple[str, ...] | None:
         view = view_for(d, target, max_evictions=left, by_driver=True)
         victims = d.planner.victims(target, view)
     if victims is None:
-        return None
+        # Of a planner of one's own: for who is in already, nothing has to fit.
+        return () if d.consumers[target].residency is Residency.RESIDENT else None
     return tuple(name for name in dict.fromkeys(victims) if name != target)
 
 
@@ -58,6 +60,8 @@ def in_the_way(d: Draft, target: str, victims: tuple[str, ...]) -> Reason | None
     """Say why these victims can't go now (rules 4 and 5), None if they can."""
     if d.swaps and (colliding := _colliding(d, target, set(victims))):
         return Reason(why=Why.COLLISION, who=colliding)
+    if d.own_planner is not None and (beside := _beside(d, target, victims)):
+        return Reason(why=Why.UNFIT, who=beside)
     return d.remember(("going", victims), lambda: _not_yet(d, victims))
 
 
@@ -90,6 +94,18 @@ def _not_yet(d: Draft, victims: tuple[str, ...]) -> Reason | None:
     if working := [name for name in going if at_work(d, name)]:
         return Reason(why=Why.VICTIM_AT_WORK, who=tuple(working))
     return None
+
+
+def _beside(d: Draft, target: str, victims: tuple[str, ...]) -> tuple[str, ...]:
+    """Whom a planner of one's own would send out although they may stay beside the target."""
+    holding = [
+        one
+        for name in victims
+        if name in d.consumers and d.consumers[name].residency is not Residency.ABSENT
+        for one in (name, *stops_with(d, name))
+    ]
+    spared = d.consumer(target).can_coexist_with
+    return tuple(name for name in dict.fromkeys(holding) if name in spared)
 
 
 def _forbidden(d: Draft, name: str) -> bool:
@@ -127,7 +143,8 @@ def _evict(d: Draft, swap: Swap, victims: tuple[str, ...]) -> None:
         if state.residency is Residency.ABSENT or state.operation is not None:
             continue
         cards = {gpu: card for gpu in d.consumer(name).vram_mib if (card := good_card(d, gpu))}
-        expected[name] = sum(gain_mib(d, name, gpu, by_driver=True) for gpu in cards)
+        if not any(kept_mib(d, name, gpu) for gpu in cards):
+            expected[name] = sum(gain_mib(d, name, gpu, by_driver=True) for gpu in cards)
         before = {gpu: card.free_mib for gpu, card in cards.items()} | before
         evicted.append(name)
         d.start_unload(name, swap.epoch, because=f"swap of {swap.target}")
@@ -270,7 +287,7 @@ def room_is_gone(d: Draft, target: str) -> bool:
     """
     state = d.consumers[target]
     cards = [good_card(d, gpu) for gpu in need_mib(d.consumer(target), state)]
-    newer = any(card and card.taken > state.touched for card in cards)
+    newer = any(card and card.taken >= state.touched for card in cards)
     return (newer or not any(cards)) and bool(view_for(d, target, max_evictions=0).missing_mib())
 
 

@@ -15,6 +15,7 @@ from mgpu_core.memory import (
     good_card,
     held_mib,
     is_busy,
+    kept_mib,
     may_be_evicted,
     need_mib,
     promise_granted,
@@ -330,7 +331,7 @@ def _attainable_mib(d: Draft, target: str, gpu: int) -> tuple[int, int]:
         promise, gain = d.promises.get(name), gain_mib(d, name, gpu)
         if promise is not None and not d.consumer(name).vram_managed:
             # At best it is given up, and what a sample shows of it already comes free as well.
-            now += promise.mib.get(gpu, 0) + gain
+            now += kept_mib(d, name, gpu) or promise.mib.get(gpu, 0) + gain
         elif d.consumers[name].operation is not None or (
             name not in beside and may_be_evicted(d, name)
         ):

@@ -97,6 +97,18 @@ def apply_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
 
+def fuzz_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
+    parser.add_argument(
+        "--config", metavar="FILE", help="histories for this configuration [drawn ones]"
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="how long it looks [60]")
+    parser.add_argument("--seed", type=int, help="the one run of this number [by chance, many]")
+    parser.add_argument(
+        "--save", metavar="DIR", help="what is found goes here [mgpu/fuzz in the user's state home]"
+    )
+
+
 def bench_arguments(parser: ArgumentParser) -> None:
     known = ", ".join(PARTS)
     parser.add_argument("parts", metavar="PART", nargs="*", type=part, help=f"{known} [all]")
@@ -148,6 +160,13 @@ COMMANDS = (
         example="mgpu bench steps requests --rounds 3",
         run="bench.run:bench",
         add=(bench_arguments, as_json),
+    ),
+    Command(
+        name="fuzz",
+        help="look for a history that breaks a property of the scheduler, of a planner or file",
+        example="mgpu fuzz --planner my_planner:LargestFirst --seconds 30",
+        run="commands.fuzz:fuzz",
+        add=(fuzz_arguments, as_json),
     ),
     Command(
         name="demo",

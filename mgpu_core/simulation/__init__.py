@@ -9,13 +9,16 @@ Nothing here reads a clock or makes chance: time is virtual, and whoever calls b
 
 from mgpu_core.simulation.chance import Chance
 from mgpu_core.simulation.faults import Faults, swarm
+from mgpu_core.simulation.making import unfair_because
 from mgpu_core.simulation.oracles import ORACLES, Judge, Violation
-from mgpu_core.simulation.run import Report, campaign, first_violation, play
+from mgpu_core.simulation.properties import PROPERTIES
+from mgpu_core.simulation.run import Report, campaign, first_violation, folded, play
 from mgpu_core.simulation.shrinking import judged, smallest
 from mgpu_core.simulation.world import Ask, Script, World
 
 __all__ = [
     "ORACLES",
+    "PROPERTIES",
     "Ask",
     "Chance",
     "Faults",
@@ -26,8 +29,10 @@ __all__ = [
     "World",
     "campaign",
     "first_violation",
+    "folded",
     "judged",
     "play",
     "smallest",
     "swarm",
+    "unfair_because",
 ]

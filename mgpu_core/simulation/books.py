@@ -41,6 +41,17 @@ class Order:
     server: str | None = None
 
 
+@frozen(kw_only=True)
+class ColdStart:
+    """A first request takes the memory of its service; `used_mib` was in use by card when it was
+    granted, where whatever is used since then can only be its own.
+    """
+
+    request: str
+    at: int
+    used_mib: Mapping[int, int]
+
+
 @define(kw_only=True)
 class Books:
     """What is so after an event. `turn` gives the next ones; old ones stay as they are."""
@@ -58,6 +69,11 @@ class Books:
     busy: dict[str, int] = field(factory=dict)
     last_done: dict[str, int] = field(factory=dict)
     unloaded_at: dict[str, int] = field(factory=dict)
+    # When a load, an unload or a first request of it ended last, well or not.
+    ended_at: dict[str, int] = field(factory=dict)
+    cold_starts: dict[str, ColdStart] = field(factory=dict)
+    # When it last served, or was in a swap: what a probe saw before that is old.
+    engaged_at: dict[str, int] = field(factory=dict)
     joined: frozenset[str] = frozenset()
     # Whose swap has lost a waiter, as long as it goes on.
     deserted: frozenset[str] = frozenset()
@@ -81,6 +97,9 @@ class Books:
             busy=dict(self.busy),
             last_done=dict(self.last_done),
             unloaded_at=dict(self.unloaded_at),
+            ended_at=dict(self.ended_at),
+            cold_starts=dict(self.cold_starts),
+            engaged_at=dict(self.engaged_at),
             owed=dict(self.owed),
             overtakers=dict(self.overtakers),
             higher=dict(self.higher),
@@ -161,6 +180,8 @@ def turn(step: Step) -> Books:
     tickets = step.books.waiting | books.waiting
     _note_decisions(books, step)
     _note_phases(books, step, tickets)
+    _note_cold_starts(books, step)
+    _note_engaged(books, step)
     return books
 
 
@@ -176,6 +197,9 @@ def _note_event(books: Books, step: Step) -> None:
             consumer = books.jobs.pop(event.request, None)
             if consumer is not None:
                 books.last_done[consumer] = step.at
+                cold = books.cold_starts.get(consumer)
+                if cold is not None and cold.request == event.request:
+                    books.ended_at[consumer] = step.at
         case ev.UnloadDone() | ev.SwapDone():
             _note_answer(books, step, event)
         case ev.Pin():
@@ -235,10 +259,12 @@ def _note_answer(books: Books, step: Step, event: ev.UnloadDone | ev.SwapDone) -
     if order is None or (order.kind, order.epoch) != (kind, event.epoch):
         return
     del books.orders[event.consumer]
+    books.ended_at[event.consumer] = step.at
     if kind == "unload":
         gone = together(step.after.config, event.consumer) if order.server else (event.consumer,)
         for name in gone:
             books.leaving.pop(name, None)
+            books.ended_at[name] = step.at
             if event.error is None:
                 books.unloaded_at[name] = step.at
 
@@ -247,6 +273,8 @@ def _note_overdue(books: Books, step: Step) -> None:
     for name, order in list(books.orders.items()):
         if step.at >= order.deadline:
             del books.orders[name]
+            gone = together(step.after.config, name) if order.server else (name,)
+            books.ended_at |= dict.fromkeys(gone, step.at)
             if order.kind == "unload":
                 books.leaving.pop(name, None)
 
@@ -292,13 +320,47 @@ def _note_phases(books: Books, step: Step, tickets: Mapping[str, Ticket]) -> Non
     books.joined = joined
     lost = {step.books.waiting[n].consumer for n in step.books.joined - books.waiting.keys()}
     books.deserted = (step.books.deserted | lost) & step.after.swaps.keys()
+    # A swap that a planner of one's own wants for who is in already may end for nothing.
+    ended = {note.consumer for note in step.notes if note.type == "SwapEnded"}
     # A swap may begin and end in one step.
     for name in (step.books.joined | _joining(step)) - joined:
-        if name in books.waiting and _is_in(step.after, books.waiting[name].consumer):
+        books.owed.pop(name, None)
+        consumer = books.waiting[name].consumer if name in books.waiting else None
+        if consumer and consumer not in ended and _is_in(step.after, consumer):
             books.owed[name] = books.waiting[name].consumer
     for held in (books.owed, books.overtakers, books.higher, books.takers):
         for name in [name for name in held if name not in books.waiting]:
             del held[name]
+
+
+def _note_cold_starts(books: Books, step: Step) -> None:
+    """See first requests begin; what is used besides can be theirs only as long as they are alone.
+
+    Growth on a card belongs to nobody where somebody else has memory promised there.
+    """
+    books.cold_starts = {
+        name: cold for name, cold in books.cold_starts.items() if name in step.before.promises
+    }
+    for one in step.served:
+        known = one.consumer in books.cold_starts
+        if one.consumer in step.after.promises and not known and step.consumer(one.consumer).lazy:
+            used = {gpu: card.used_mib for gpu, card in step.after.cards.items()}
+            books.cold_starts[one.consumer] = ColdStart(
+                request=one.request, at=step.at, used_mib=used
+            )
+    for name, cold in books.cold_starts.items():
+        others = [one for other, one in step.after.promises.items() if other != name]
+        crowded = {gpu for promise in others for gpu in promise.mib}
+        if crowded & cold.used_mib.keys():
+            alone = {gpu: mib for gpu, mib in cold.used_mib.items() if gpu not in crowded}
+            books.cold_starts[name] = evolve(cold, used_mib=alone)
+
+
+def _note_engaged(books: Books, step: Step) -> None:
+    engaged = set(step.books.jobs.values()) | set(books.jobs.values())
+    for swap in (*step.before.swaps.values(), *step.after.swaps.values()):
+        engaged |= {swap.target, *swap.victims}
+    books.engaged_at |= dict.fromkeys(engaged, step.at)
 
 
 def _joining(step: Step) -> set[str]:

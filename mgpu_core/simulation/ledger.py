@@ -37,7 +37,12 @@ def held(state: State, consumer: Consumer, gpu: int) -> int:
 
 
 def gain(state: State, consumer: Consumer, gpu: int) -> int:
-    """What its unload should give back at best: as measured, else as declared."""
+    """What its unload should give back at best: as measured, else as declared; of one that was
+    brought up and has not taken its memory yet, what is set aside for it.
+    """
+    promise, belief = state.promises.get(consumer.name), state.consumers[consumer.name]
+    if promise and promise.granted is None and belief.residency is not Residency.ABSENT:
+        return max(promise.mib.get(gpu, 0), held(state, consumer, gpu) - consumer.vram_residue_mib)
     return max(0, held(state, consumer, gpu) - consumer.vram_residue_mib)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from attrs import evolve, frozen
 
 from mgpu_core import events as ev
-from mgpu_core.config import SECOND_US, Config, Consumer, Gpu, config_of
+from mgpu_core.config import SECOND_US, Config, Consumer, Driver, Gpu, config_of
 from mgpu_core.simulation.chance import Chance, likely, pick
 from mgpu_core.simulation.faults import Faults
 from mgpu_core.simulation.world import (
@@ -25,7 +25,7 @@ FOREVER_US = 10**6 * SECOND_US
 LONGEST_WAIT_US = 600 * SECOND_US
 SIZES_MIB = (4_000, 9_000, 13_000, 18_000, 2_000, 23_000, 0)
 # How a service is loaded and unloaded: load route, unload route, driver.
-WAYS: tuple[tuple[bool, bool, str], ...] = (
+WAYS: tuple[tuple[bool, bool, Driver], ...] = (
     (True, True, "none"),
     (False, True, "none"),
     (True, True, "none"),
@@ -53,18 +53,18 @@ class Setting:
 
 def draw_config(chance: Chance, *, fair: bool) -> Config:
     cards = pick(chance, (1, 1, 1, 2, 3))
-    count = pick(chance, (3, 4, 2, 1, 5, 6, 8, 12, 0))
-    sizes = [SIZES_MIB] * cards
+    names = NAMES[: pick(chance, (3, 4, 2, 1, 5, 6, 8, 12, 0))]
     gpus = tuple(
         Gpu(
             index=index,
             total_mib=pick(chance, (24_000, 24_000, 24_000, 16_000 if not fair else 24_000, None)),
-            cushion_mib=pick(chance, (256, 0)),
+            cushion_mib=pick(chance, (256, 0, 3_000)),
             max_parallel=pick(chance, (1, 1, 2, None)),
         )
-        for index in range(len(sizes))
+        for index in range(cards)
     )
-    consumers = [_consumer(chance, name, cards, fair=fair) for name in NAMES[:count]]
+    habits = _Habits.drawn(chance, names, fair=fair)
+    consumers = [_consumer(chance, name, cards, habits, fair=fair) for name in names]
     return config_of(
         *consumers,
         gpus=gpus,
@@ -75,7 +75,7 @@ def draw_config(chance: Chance, *, fair: bool) -> Config:
         overlap_loads=not likely(chance, 200),
         queue_timeout_us=FOREVER_US if fair else pick(chance, (300, 60, 30)) * SECOND_US,
         # In a fair setting one server's commands may wait for each other without a time-out.
-        load_timeout_us=pick(chance, (300, 120) if fair else (60, 20, 300)) * SECOND_US,
+        load_timeout_us=pick(chance, (300, 200) if fair else (60, 20, 300)) * SECOND_US,
         unload_timeout_us=pick(chance, (120, 200) if fair else (20, 5, 60)) * SECOND_US,
         settle_timeout_us=pick(chance, (10, 3)) * SECOND_US,
         restore_after_us=pick(chance, (None, None, 30 * SECOND_US)),
@@ -84,17 +84,46 @@ def draw_config(chance: Chance, *, fair: bool) -> Config:
     )
 
 
-def _consumer(chance: Chance, name: str, cards: int, *, fair: bool) -> Consumer:
-    load_route, unload_route, driver = pick(chance, WAYS[:-1] if fair else WAYS)
+@frozen(kw_only=True)
+class _Habits:
+    """What the consumers of one configuration have in common.
+
+    Much goes wrong only between services of the same size, or of one server: by chance alone they
+    would hardly ever be so. `rack` are those of the one server, and how it is loaded and stopped.
+    """
+
+    sizes_mib: tuple[int, ...]
+    friends: tuple[str, ...]
+    rack: tuple[str, ...]
+    way: tuple[bool, bool, Driver]
+    server_concurrency: int | None
+
+    @classmethod
+    def drawn(cls, chance: Chance, names: Sequence[str], *, fair: bool) -> "_Habits":
+        rack = [name for name in names if likely(chance, 600)] if likely(chance, 350) else []
+        friends = [name for name in names if not fair and likely(chance, 300)]
+        return cls(
+            sizes_mib=pick(chance, (SIZES_MIB, tuple(pick(chance, SIZES_MIB) for _ in range(2)))),
+            friends=tuple(friends[:2]),
+            rack=tuple(rack[:3]),
+            way=pick(chance, WAYS[:-1] if fair else WAYS),
+            server_concurrency=pick(chance, (None, 1, 2)),
+        )
+
+
+def _consumer(chance: Chance, name: str, cards: int, habits: _Habits, *, fair: bool) -> Consumer:
+    racked = name in habits.rack
+    drawn = pick(chance, WAYS[:-1] if fair else WAYS)
+    load_route, unload_route, driver = habits.way if racked else drawn
     used = [g for g in range(cards) if likely(chance, 400)] or [chance.randint(0, cards - 1)]
     if likely(chance, 60):
         used = []  # on the processor
-    size = pick(chance, SIZES_MIB)
-    server = pick(chance, ("one", "two")) if driver == "process" else name
+    size = pick(chance, habits.sizes_mib)
+    friendly = habits.friends and likely(chance, 400)
     return Consumer(
         name=name,
-        server=server,
-        server_concurrency=2 if server == "two" else None,
+        server="rack" if racked else name,
+        server_concurrency=habits.server_concurrency if racked else None,
         vram_mib={gpu: min(size, 18_000) if fair else size for gpu in used},
         vram_load_mib=pick(chance, (0, 0, 0, 11_000)),
         vram_residue_mib=pick(chance, (0, 0, 400)),
@@ -103,8 +132,8 @@ def _consumer(chance: Chance, name: str, cards: int, *, fair: bool) -> Consumer:
         gpu_slot=not likely(chance, 150),
         load_route=load_route,
         unload_route=unload_route,
-        driver=driver,  # type: ignore[arg-type]
-        can_coexist_with=() if fair or not likely(chance, 200) else pick(chance, (("a",), ("b",))),
+        driver=driver,
+        can_coexist_with=tuple(one for one in habits.friends if one != name) if friendly else (),
         priority=pick(chance, (2, 2, 0, 4)),
         max_concurrency=pick(chance, (1, 1, 2, 10)),
         max_pending=pick(chance, (64, 64, 3)),
@@ -118,14 +147,16 @@ def draw_script(chance: Chance, config: Config, faults: Faults, *, acts: int) ->
     """Draw who comes when, and what else happens; the waits between are short and long ones."""
     names = tuple(config.consumers) or ("nobody",)
     script: list[tuple[int, Act]] = []
-    at = 100_000
+    at = 500_000  # by then, the first probes have told what they can
     hurry_us = pick(chance, (2_000, 500, 5_000, 200)) * 1_000
+    # The more of them ask for one service, the more there are to overtake the others.
+    liked, share = pick(chance, names), pick(chance, (0, 0, 300, 700))
     for _ in range(acts):
         at += chance.randint(0, 20) * hurry_us // 10
         if likely(chance, 30):
             at += pick(chance, (30, 90)) * SECOND_US
         script += ((at + later, act) for later, act in _other_acts(chance, config, names, faults))
-        script.append((at, _ask(chance, names, faults)))
+        script.append((at, _ask(chance, (liked,) if likely(chance, share) else names, faults)))
     return tuple(sorted(script, key=lambda item: item[0]))
 
 
@@ -136,8 +167,13 @@ def _ask(chance: Chance, names: Sequence[str], faults: Faults) -> Ask:
         work_us=pick(chance, (1_000, 200, 5_000, 20_000)) * 1_000,
         priority=pick(chance, (None, None, None, 0, 2, 4)),
         patience_us=chance.randint(0, 100) * 200_000 if leaves else None,
-        deadline_us=chance.randint(1, 30) * SECOND_US if likely(chance, 60) else None,
+        deadline_us=_deadline_us(chance) if likely(chance, 80) else None,
     )
+
+
+def _deadline_us(chance: Chance) -> int:
+    """Most are short; some ask for longer than anybody may wait."""
+    return pick(chance, (chance.randint(1, 30), 400)) * SECOND_US
 
 
 def _other_acts(
@@ -182,12 +218,18 @@ def _operator(chance: Chance, names: Sequence[str]) -> ev.Event:
 def _changed(chance: Chance, config: Config) -> Config:
     """Draw what an operator makes of a file: one is gone, or new, or has other limits."""
     consumers = dict(config.consumers)
-    what = chance.randint(0, 2)
+    what = chance.randint(0, 4)
     if consumers and what == 0:
         del consumers[pick(chance, tuple(consumers))]
     elif consumers and what == 1:
         name = pick(chance, tuple(consumers))
         consumers[name] = evolve(consumers[name], max_concurrency=1, max_pending=5)
+    elif what == 2:
+        gpus = {index: evolve(gpu, max_parallel=1) for index, gpu in config.gpus.items()}
+        return evolve(config, gpus=gpus)
+    elif what == 3:
+        racked = [name for name, one in consumers.items() if one.server == "rack"]
+        consumers |= {name: evolve(consumers[name], server_concurrency=1) for name in racked}
     else:
         consumers["new"] = Consumer(
             name="new", vram_mib={0: 4_000}, load_route=True, unload_route=True

@@ -38,16 +38,12 @@ Oracle = Callable[[Step], Iterator[str]]
 
 
 def one_end(step: Step) -> Iterator[str]:
-    """P1: every admitted request ends once, by its deadline unless it is served by then."""
-    before, admitted_now = step.books, step.now.arrivals > step.books.arrivals
+    """P1: every admitted request ends once, by its deadline unless it is served by then.
+
+    Who waits for a load that fails ends with it.
+    """
+    open_ = _open(step)
     refused = {one.request for one in refusals(step)}
-    open_ = set(before.waiting)
-    if admitted_now and isinstance(step.event, ev.Request):
-        open_.add(step.event.request)
-    if isinstance(step.event, ev.Started):
-        open_ = set()
-    if isinstance(step.event, ev.Cancel):
-        open_.discard(step.event.request)
     for effect in step.effects:
         if isinstance(effect, fx.Serve | fx.Reject):
             if effect.request not in open_ and effect.request not in refused:
@@ -56,14 +52,31 @@ def one_end(step: Step) -> Iterator[str]:
     for ticket in step.now.waiting.values():
         if step.at >= ticket.deadline:
             yield f"{ticket.request} waits past its deadline"
-    phases = {n: r.phase for n, r in step.after.requests.items() if r.operator is None}
-    waiting = {name for name, phase in phases.items() if phase is not Phase.SERVING}
-    if waiting != set(step.now.waiting):
-        yield f"waiting are {sorted(step.now.waiting)}, the state says {sorted(waiting)}"
     for reject in step.rejected:
         ticket_ = step.books.waiting.get(reject.request)
         if reject.code == "queue_timeout" and ticket_ and step.at < ticket_.deadline:
             yield f"{reject.request} timed out before its deadline"
+    failed = {note.consumer for note in step.notes if note.type == "LoadFailed"}
+    for ticket in step.now.waiting.values():
+        if ticket.consumer in failed and ticket.request in step.books.waiting:
+            yield f"{ticket.request} waits on, though {ticket.consumer} failed to load"
+    phases = {n: r.phase for n, r in step.after.requests.items() if r.operator is None}
+    waiting = {name for name, phase in phases.items() if phase is not Phase.SERVING}
+    if waiting != set(step.now.waiting):
+        yield f"waiting are {sorted(step.now.waiting)}, the state says {sorted(waiting)}"
+
+
+def _open(step: Step) -> set[str]:
+    """Give who had still to end when the decisions of this step were taken."""
+    event = step.event
+    if isinstance(event, ev.Started):
+        return set()
+    open_ = set(step.books.waiting)
+    if isinstance(event, ev.Cancel):
+        open_.discard(event.request)
+    if isinstance(event, ev.Request) and step.now.arrivals > step.books.arrivals:
+        open_.add(event.request)
+    return open_
 
 
 def nothing_behind_a_promoted(step: Step) -> Iterator[str]:
@@ -92,6 +105,20 @@ def nothing_behind_a_promoted(step: Step) -> Iterator[str]:
             still = step.after.swaps.get(swap.target)
             if one.consumer in swap.victims and still and still.epoch == swap.epoch:
                 yield f"{one.request} is granted on {one.consumer}, a victim of {swap.target}"
+    for name in _let_off(step):
+        yield f"{name} need not go any more, though an operator wants it out"
+
+
+def _let_off(step: Step) -> Iterator[str]:
+    """Give who an operator wants out, and who need not go any more, though nothing says so."""
+    if isinstance(step.event, ev.Started | ev.Pin | ev.Unload | ev.Reconfigured):
+        return
+    moved = {note.consumer for note in step.notes if note.type == "Moved"}
+    for name, belief in step.before.consumers.items():
+        now = step.after.consumers.get(name)
+        stays = now is not None and not now.leaving and _is_in(step.after, name)
+        if belief.leaving and stays and name not in moved:
+            yield name
 
 
 def _promoted(step: Step) -> list[str]:
@@ -255,7 +282,7 @@ def _still_held(step: Step, target: str, gpu: int) -> int:
     failed = failed or any(n.type == "UnloadFailed" and n.consumer == target for n in step.notes)
     if failed:
         return ledger.held(state, consumer, gpu)
-    absent = state.consumers[target].residency is Residency.ABSENT
+    absent = any(belief and belief.residency is Residency.ABSENT for belief in beliefs)
     return ledger.residue(state, consumer, gpu) if absent else 0
 
 
@@ -308,13 +335,19 @@ def _for_itself(step: Step, unload: fx.StartUnload) -> bool:
 
 def one_load(step: Step) -> Iterator[str]:
     """P5: at most one load at a time for a consumer, whatever its waiters do."""
+    ended = isinstance(step.event, ev.SwapDone | ev.UnloadDone | ev.Started)
     for load in step.loads:
         order = step.books.orders.get(load.consumer)
-        ended = isinstance(step.event, ev.SwapDone | ev.UnloadDone | ev.Started)
         if order and step.at < order.deadline and not ended:
             yield f"{load.consumer} is told to load during its {order.kind}"
         if [one.consumer for one in step.loads].count(load.consumer) > 1:
             yield f"{load.consumer} is told to load twice in one step"
+    for note in step.notes:
+        order = step.books.orders.get(note.consumer or "")
+        if note.type != "LoadFailed" or order is None or order.kind != "load":
+            continue
+        if not ended and step.at < order.deadline:
+            yield f"the load of {note.consumer} is given up before its time"
     if isinstance(step.event, ev.Cancel):
         for name, order in step.books.orders.items():
             now = step.after.consumers[name].operation
@@ -328,6 +361,11 @@ def what_answers_nothing(step: Step) -> Iterator[str]:
     A load that ended after it was given up asks for a probe besides.
     """
     event, books = step.event, step.books
+    if isinstance(event, ev.ProbeResult):
+        engaged = books.engaged_at.get(event.consumer, -1)
+        at_work = event.consumer in books.serving and event.failure != "refused"
+        if _moves(step, event.consumer) and (event.taken < engaged or at_work):
+            yield f"{event} tells of a time before its last work or swap, and is believed"
     match event:
         case ev.UnloadDone() | ev.SwapDone():
             order = books.orders.get(event.consumer)
@@ -358,6 +396,13 @@ def memory_is_there(step: Step) -> Iterator[str]:
     all are believed to hold; what may coexist counts as the operator vouches. Needs nothing,
     knows no total, or `when_unfit: admit`: nothing to check.
     """
+    yield from _promises_broken(step)
+    for load in step.loads:
+        swap = step.after.swaps.get(load.consumer)
+        for victim in swap.victims if swap else ():
+            order = step.now.orders.get(victim)
+            if order and order.kind == "unload" and order.epoch == load.epoch:
+                yield f"{load.consumer} starts to load before its victim {victim} is out"
     if step.after.config.when_unfit == "admit":
         return
     starting = [load.consumer for load in step.loads] + _cold_starts(step)
@@ -370,6 +415,54 @@ def memory_is_there(step: Step) -> Iterator[str]:
             rooms = _rooms(step, name, gpu, starting)
             if rooms and max(rooms) < wanted:
                 yield f"{name} starts to load {wanted} MiB on GPU {gpu}, where {max(rooms)} are"
+
+
+def _promises_broken(step: Step) -> Iterator[str]:
+    """Give promises smaller than the need, and those that went before their memory was taken."""
+    for note in step.notes:
+        promise = step.after.promises.get(note.consumer or "")
+        if note.type != "SwapStarted" or note.consumer is None or promise is None:
+            continue
+        consumer = step.consumer(note.consumer)
+        for gpu, need in ledger.needs(step.after, consumer).items():
+            left_mib = max(consumer.vram_residue_mib, _still_held(step, consumer.name, gpu))
+            if promise.mib.get(gpu, 0) < need - left_mib:
+                yield f"{consumer.name} needs {need} MiB on GPU {gpu}, {promise.mib} are promised"
+    if isinstance(step.event, ev.Started) or (
+        isinstance(step.event, ev.Unload) and step.event.force
+    ):
+        return
+    for name in step.before.promises.keys() - step.after.promises.keys():
+        if name in step.after.consumers and not _given_up(step, name) and not _is_taken(step, name):
+            yield f"the memory promised to {name} is free for others before it is taken"
+
+
+def _given_up(step: Step, name: str) -> bool:
+    """Its swap came to nothing, or somebody saw that it is out."""
+    if isinstance(step.event, ev.ProbeResult) and step.event.consumer == name:
+        return step.event.resident is False or step.event.failure == "refused"
+    return any(
+        note.type in {"SwapEnded", "ColdStartGivenUp"} and note.consumer == name
+        for note in step.notes
+    )
+
+
+def _is_taken(step: Step, name: str) -> bool:
+    """A sample shows it: taken after the load or first request, or its growth on the card."""
+    promise, cold = step.before.promises[name], step.books.cold_starts.get(name)
+    cards = {gpu: card for gpu in promise.mib if (card := step.after.cards.get(gpu))}
+    if not cards:
+        return True  # nobody measures
+    ended = step.now.ended_at.get(name)
+    for gpu, card in cards.items():
+        if ledger.good_card(step.after, gpu) is None or (ended is not None and card.taken > ended):
+            continue
+        before = cold.used_mib.get(gpu) if cold else None
+        if cold is None or before is None or card.taken <= cold.at:
+            return False
+        if card.used_mib < before + promise.mib[gpu]:
+            return False
+    return isinstance(step.event, ev.GpuSample)
 
 
 def _cold_starts(step: Step) -> list[str]:
@@ -470,6 +563,31 @@ def limits(step: Step) -> Iterator[str]:
             parallel = settings.max_parallel if settings else None
             if new and parallel is not None and len(holders) > parallel:
                 yield f"{sorted(holders)} work on GPU {gpu} at once"
+    yield from _overlaps(step)
+
+
+def _overlaps(step: Step) -> Iterator[str]:
+    """Where a card can't load beside work, it does one of them at a time."""
+    config = step.after.config
+    if config.overlap_loads or config is not step.before.config:
+        return
+    started = [n.consumer for n in step.notes if n.type == "SwapStarted" and n.consumer]
+    under_way = step.before.swaps.keys() & step.after.swaps.keys()
+    for name in started:
+        mine, others = step.consumer(name), (*under_way, *started[: started.index(name)])
+        beside = [n for n in others if n != name and shares_card(mine, step.consumer(n))]
+        beside = [n for n in beside if n in step.after.swaps]
+        working = {n for request, n in step.books.jobs.items() if request in step.now.jobs}
+        at_work = [n for n in working if step.consumer(n).gpu_slot]
+        at_work = [n for n in at_work if shares_card(mine, step.consumer(n))]
+        if beside or at_work:
+            yield f"the swap of {name} starts beside {sorted([*beside, *at_work])}"
+    for one in step.served:
+        mine = step.consumer(one.consumer)
+        new = mine.gpu_slot and not step.books.serving[mine.name]
+        beside = [n for n in under_way if n != mine.name and shares_card(mine, step.consumer(n))]
+        if new and beside:
+            yield f"{one.request} is granted beside the swaps of {sorted(beside)}"
 
 
 def _holders(step: Step, gpu: int) -> set[str]:

@@ -33,7 +33,7 @@ class Watched:
         try:
             answer: object = self.planner.victims(target, view)
             again: object = self.planner.victims(target, view)
-        except Exception as error:  # noqa: BLE001 - whatever it raises is its own fault
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it is its own fault
             self._wrong.append(f"for {target} it raises {told(error)}")
             return None
         if view != shown:

@@ -75,10 +75,15 @@ def smallest(report: Report, chance_of: MakeChance, planner: Planner | None = No
     """
     assert report.violation is not None
     wanted, fair = report.violation.property, report.setting.fair
+    last_failing: Retold | None = None
 
     def fails(case: Case) -> bool:
-        found = retold(case, planner, wanted=wanted, fair=fair).violation
-        return found is not None and found.property == wanted
+        nonlocal last_failing
+        told = retold(case, planner, wanted=wanted, fair=fair)
+        failed = told.violation is not None and told.violation.property == wanted
+        if failed:
+            last_failing = told
+        return failed
 
     whole = case_of(report, planner)
     cases = (evolve(whole, events=whole.events[: report.war]), whole)
@@ -86,9 +91,10 @@ def smallest(report: Report, chance_of: MakeChance, planner: Planner | None = No
     if failing is None:
         return _smallest_run(report, chance_of, planner)
     case = simplest(failing, fails)
-    told = retold(case, planner, wanted=wanted, fair=fair)
+    assert last_failing is not None  # of this very case: a planner may answer otherwise each time
     setting = evolve(report.setting, config=case.config, script=())
-    return evolve(report, setting=setting, history=told.history, violation=told.violation)
+    history, violation = last_failing.history, last_failing.violation
+    return evolve(report, setting=setting, history=history, violation=violation)
 
 
 def judged(
@@ -295,7 +301,8 @@ def _edits(case: Case) -> Iterator[Edit]:
     """Give what may make a case plainer; each is tried on what the ones before it have left."""
     for number, event in enumerate(case.events):
         yield partial(_sooner, number=number)
-        yield partial(_on_the_second, number=number)
+        yield partial(_on_the_second, number=number, part=2)
+        yield partial(_on_the_second, number=number, part=1)
         for field in fields(type(event)):
             yield partial(_plainer_event, number=number, field=field)
     for field in fields(Config):
@@ -325,7 +332,9 @@ def _plainer_thing(case: Case, key: str, name: Any, field: "Attribute[Any]") -> 
     things = getattr(case.config, key)
     if name not in things:
         return case
-    return _configured(case, key, things | {name: _plainer(things[name], field)})
+    of_its_own = field.name == "server"
+    plain = evolve(things[name], server=name) if of_its_own else _plainer(things[name], field)
+    return _configured(case, key, things | {name: plain})
 
 
 def _without(case: Case, key: str, name: Any) -> Case:
@@ -355,10 +364,10 @@ def _sooner(case: Case, number: int) -> Case:
     return _moved(case, number, _before(case, number) + STEP_US)
 
 
-def _on_the_second(case: Case, number: int) -> Case:
-    """Let it come whole seconds after the one before it."""
+def _on_the_second(case: Case, number: int, part: int) -> Case:
+    """Let it come whole seconds after the one before it, after a part of the time."""
     first = _before(case, number) + STEP_US
-    seconds = -(-(case.events[number].at - first) // SECOND_US)
+    seconds = -(-(case.events[number].at - first) // (part * SECOND_US))
     return _moved(case, number, first + seconds * SECOND_US) if seconds > 0 else case
 
 
@@ -368,11 +377,11 @@ def _before(case: Case, number: int) -> int:
 
 def _moved(case: Case, number: int, at: int) -> Case:
     by = at - case.events[number].at
-    later = tuple(_shifted(event, by) for event in case.events[number:])
+    later = tuple(shifted(event, by) for event in case.events[number:])
     return evolve(case, events=(*case.events[:number], *later))
 
 
-def _shifted(event: ev.Event, by: int) -> ev.Event:
+def shifted(event: ev.Event, by: int) -> ev.Event:
     times = {
         name: time + by
         for name in ("at", "taken", "deadline")

@@ -19,10 +19,11 @@ from mgpu_core.effects import Effect
 from mgpu_core.scheduler import Scheduler, Transition
 from mgpu_core.simulation.chance import Chance, likely, pick
 from mgpu_core.simulation.faults import CALM, Faults
-from mgpu_core.state import State
+from mgpu_core.state import Residency, State, first_belief
 
 START_US = 1_780_000_000_000_000
 MS_US = 1_000
+IN = Residency.RESIDENT
 # What a card has where nobody configured a size.
 CARD_MIB = 24_000
 LOAD_US = (1 * SECOND_US, 3 * SECOND_US, 10 * SECOND_US, 25 * SECOND_US)
@@ -213,6 +214,25 @@ class World:
     def used_mib(self, gpu: int) -> int:
         ours = sum(service.mib.get(gpu, 0) for service in self.services.values())
         return ours + self.foreign.get(gpu, 0)
+
+    def is_as_assumed(self) -> bool:
+        """At the start, each service is as a broker that knows nothing takes it to be, or tells."""
+        return all(
+            one.traits.tells_residency or one.loaded is (first_belief(one.consumer).residency is IN)
+            for one in self.services.values()
+        )
+
+    def happen(self, act: Act) -> None:
+        """Let something happen from outside, next."""
+        self._in(0, self._act, act)
+
+    def leave(self, request: str) -> None:
+        """Let a client leave, next, if it is still there."""
+        self._in(0, self._leave, request)
+
+    def die(self, consumer: str) -> None:
+        """Let a service crash, next, with all of its server."""
+        self._in(0, self._die, self.services[consumer])
 
     def heal(self) -> None:
         """No fault from now on: what hangs answers, what leaks lets go, nobody else is here."""
@@ -467,7 +487,8 @@ class World:
             self._lost.append((self.runs, kind, fields))
             return None
         if self._fault("answered_twice"):
-            self._in(self.chance.randint(0, 3) * SECOND_US, self._arrive, self.runs, kind, fields)
+            again_us = pick(self.chance, (SECOND_US, 0, 3 * SECOND_US, 40 * SECOND_US))
+            self._in(again_us, self._arrive, self.runs, kind, fields)
         if self._fault("answered_late"):
             late_us = self.chance.randint(1, 30) * 100 * MS_US
             self._in(late_us, self._arrive, self.runs, kind, fields)
@@ -479,6 +500,7 @@ class World:
             return  # its process is up; its first request takes the memory
         need = self._steady(service)
         if not service.loaded and not self._fits(service, need):
+            self.overcommitted += 1
             command.error = "out_of_memory"
             self._forget_memory(service)
             return
@@ -567,7 +589,11 @@ class World:
         if self._fault("job_crashes"):
             self._in(us // 2, self._die, service)
         else:
-            self._job_ends(request, "upstream_error" if self._fault("job_fails") else "ok", us)
+            self._job_ends(request, self._outcome(), us)
+
+    def _outcome(self) -> str:
+        failed = self._fault("job_fails")
+        return pick(self.chance, ("upstream_error", "timeout")) if failed else "ok"
 
     def _cold_started(self, service: Service, turn: int) -> None:
         need = self._steady(service)

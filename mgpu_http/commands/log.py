@@ -100,13 +100,15 @@ class FunctionPlanner:
 def load_planner(name: str) -> Planner:
     """Import MODULE:NAME: a class, an object with `victims`, or a function like it."""
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise CommandError(f"--planner {name}: it is given as MODULE:NAME", USAGE)
     sys.path.insert(0, "")  # a planner beside the user's own files
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CommandError(f"--planner {name}: {error}", USAGE) from error
-    if isinstance(found, type):
-        found = found()
+        if isinstance(found, type):
+            found = found()
+    except Exception as error:
+        raise CommandError(f"--planner {name}: {type(error).__name__}: {error}", USAGE) from error
     if not hasattr(found, "victims") and callable(found):
         found = FunctionPlanner(found)
     if not hasattr(found, "victims"):

@@ -168,10 +168,12 @@ class Core:
     def sample_fails(self) -> list[str]:
         return self.send(ev.GpuSample, taken=self.at, gpus=(), error="sampler_failed")
 
-    def probe(self, consumer: str, *, taken: int | None = None, **fields: Any) -> list[str]:
+    def probe(
+        self, consumer: str, *, taken: int | None = None, age_s: float = 0, **fields: Any
+    ) -> list[str]:
         """Report a probe, taken just now unless told otherwise."""
         decided = self.wait(STEP_US / SECOND_US)
-        taken = self.at if taken is None else taken
+        taken = self.at - round(age_s * SECOND_US) if taken is None else taken
         healthy = "failure" not in fields
         event = ev.ProbeResult(
             at=self.at, consumer=consumer, taken=taken, **{"healthy": healthy, **fields}

@@ -193,3 +193,17 @@ def test_what_a_failed_load_left_is_asked_to_go_only_once() -> None:
     assert [core.wait(5) + core.sample(free=4_000) for _ in range(2)] == [[], ["unload a"]]
     core.unloaded("a")
     assert not any(core.wait(5) + core.sample(free=4_000) for _ in range(8))
+
+
+def test_who_was_brought_up_for_nobody_gives_back_what_is_set_aside_for_it() -> None:
+    """Its driver has started it, so it holds nothing yet. Its load takes more than it keeps."""
+    a = lazy("a", 4_000, vram_load_mib=11_000, driver="systemd")
+    core = Core(a, service("b", 10_000), gpus=CARD, absent=["a", "b"])
+    core.sample(free=15_000)
+    core.load("a")
+    core.loaded("a")
+    core.sample(free=15_000)
+    assert core.request("r1", "b") == ["unload a"]
+    assert core.unloaded("a") == []
+    assert core.sample(free=15_000) == ["load b"]
+    assert core.state.consumers["a"].leaky_mib is None

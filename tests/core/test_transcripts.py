@@ -2,9 +2,16 @@
 
 import re
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from mgpu_core import events as ev
+from mgpu_core.config import Consumer, Gpu, config_of
+from mgpu_core.simulation import Report, campaign
+from mgpu_core.simulation.shrinking import STEP_US, Case, case_of, retold, shifted
+from mgpu_core.simulation.world import START_US
+from mgpu_core.transcript import configured, transcript
 from tests.core.transcript import COMMANDS, CONFIGURES, TranscriptError, rewritten
 
 FOLDER = Path(__file__).parent / "transcripts"
@@ -43,3 +50,48 @@ def test_the_page_about_transcripts_lists_every_command() -> None:
 def test_the_example_of_that_page_is_what_the_core_does() -> None:
     (example,) = re.findall(r"```text\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert rewritten(example, PAGE.name).splitlines() == example.splitlines()
+
+
+def told(report: Report) -> str:
+    """A run as a transcript, with a millisecond at least from each event to the next."""
+    case = case_of(report)
+    config, late_us, last, events = case.config, 0, START_US, []
+    for event in case.events[: report.war]:
+        if isinstance(event, ev.Tick):
+            continue
+        late_us += max(0, last + STEP_US - event.at - late_us)
+        events.append(shifted(event, late_us))
+        last = events[-1].at
+    return transcript(config, retold(Case(config=config, events=tuple(events))).log)
+
+
+# Runs in which nothing happens that no command tells: a second restart, a card of unknown size, two
+# things within a millisecond.
+@pytest.mark.parametrize("seed", [0, 1, 2, 4, 5, 6])
+def test_a_history_is_told_so_that_it_can_be_played(seed: int) -> None:
+    (report,) = campaign([seed], Random, acts=8)
+    text = told(report)
+    assert len(text.splitlines()) > 50
+    assert [line for line in rewritten(text, "told").splitlines() if line] == [
+        line for line in text.splitlines() if line
+    ]
+
+
+def test_a_configuration_is_told_by_what_is_not_so_by_default() -> None:
+    config = config_of(
+        Consumer(name="a"),
+        Consumer(name="b", vram_mib={0: 9, 1: 8}, load_route=True, idle_unload_us=1_500_000),
+        Consumer(name="c", vram_mib={}, server="one", driver="process", can_coexist_with=("a",)),
+        gpus=(Gpu(), Gpu(index=1, total_mib=24_000, max_parallel=None)),
+        overtake_bound=None,
+        settle_timeout_us=3_000_000,
+        overlap_loads=False,
+    )
+    assert configured(config) == [
+        "gpu",
+        "gpu 1 total_mib=24000 max_parallel=none",
+        "consumer a",
+        "consumer b vram_mib=0:9,1:8 load_route=true idle_unload_s=1.5",
+        "consumer c vram_mib=none server=one driver=process can_coexist_with=a",
+        "set overtake_bound=none overlap_loads=false settle_timeout_s=3",
+    ]

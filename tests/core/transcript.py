@@ -13,8 +13,8 @@ from attrs import fields_dict, frozen
 
 from mgpu_core import events as ev
 from mgpu_core.config import SECOND_US, Config, Consumer, Gpu
-from tests.core.driver import STEP_US, Core, lazy, service
-from tests.core.telling import READ, believed, overtakes, said
+from mgpu_core.telling import READ, believed, overtakes, said
+from tests.core.driver import START_US, STEP_US, Core, lazy, service
 
 LINE = "----"
 MAKERS: dict[str, Callable[..., Consumer]] = {
@@ -57,9 +57,9 @@ def blocks(text: str) -> Iterator[Block]:
         yield Block(first, tuple(commands), ())
 
 
-def rewritten(text: str, file: str) -> str:
-    """Give the whole text with what the commands give now."""
-    play = Play(file)
+def rewritten(text: str, file: str, planner: object = None) -> str:
+    """Give the whole text with what the commands give now, with a planner of one's own if given."""
+    play = Play(file, planner)
     parts = []
     for block in blocks(text):
         told = play.block(block)
@@ -70,8 +70,9 @@ def rewritten(text: str, file: str) -> str:
 class Play:
     """One file being played: the core of its present scenario, and the commands."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, planner: object = None) -> None:
         self.file = file
+        self.planner = planner
         self.core: Core | None = None
 
     def block(self, block: Block) -> list[str]:
@@ -113,7 +114,7 @@ class Play:
                 consumers.append(MAKERS[word](names[0], *mib, **fields))
         cards = tuple(gpus) or (Gpu(total_mib=24_000),)
         if lines[0][1] != ["reconfigure"]:
-            self.core = Core(*consumers, gpus=cards, **settings)
+            self.core = Core(*consumers, gpus=cards, planner=self.planner, **settings)
             for name in absent:
                 self.core.probe(name, resident=False)
             return []
@@ -159,7 +160,8 @@ class Recorder:
     def _heard(self, event: ev.Event) -> list[str]:
         told = self._feed(event)
         again = any(READ in line for line in self.lines)
-        self.lines += [line for line in said(self.core) if not (again and READ in line)]
+        lines = said(self.core.last, self.core.last_notes, self.core.at - START_US)
+        self.lines += [line for line in lines if not (again and READ in line)]
         return told
 
     def stop(self) -> list[str]:

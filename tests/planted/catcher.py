@@ -1,96 +1,45 @@
-"""Look for one violation of a property: `python -m tests.planted.catcher SEED [RUNS]`.
+"""Look for violations: `python -m tests.planted.catcher RUNS SEED[:RUN] ...`.
 
-Prints, as JSON, which property failed, where, and after how many events; null where none did.
-What looks is `first_violation`: the simulated host where the core has one, else the properties of
-`tests/core`. Give it another body to change the harness.
+Prints, as a JSON list with an entry for each seed, which property failed, how, in which run of the
+simulated host and after how many events; null where none did. RUN is where to look first.
 """
 
+import gc
 import json
 import random
 import sys
-import traceback
-from collections.abc import Callable
-from functools import wraps
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from collections.abc import Iterator
 
-# Runs of the simulated host for a seed; no two seeds share one.
-RUNS = 150
+from mgpu_core.simulation import campaign
+
+# No two seeds share a run, as long as none asks for more.
+APART = 10**6
 Found = dict[str, object]
 
 
-def first_violation(seed: int, runs: int = RUNS) -> Found | None:
-    if find_spec("mgpu_core.simulation"):
-        return in_the_simulation(seed, runs)
-    return by_properties(seed)
-
-
-def in_the_simulation(seed: int, runs: int) -> Found | None:
+def first_violation(seed: int, runs: int, first: int | None = None) -> Found | None:
     """Play one run after the other, each with its own configuration, traffic and faults."""
-    simulation = import_module("mgpu_core.simulation")
     events = 0
-    for report in simulation.campaign(range(seed * 10**6, seed * 10**6 + runs), random.Random):
+    for report in campaign(_runs(seed, runs, first), random.Random):
         events += report.steps
         if report.violation is not None:
-            return {"by": str(report.violation), "events": events}
+            return {"by": str(report.violation), "events": events, "run": report.seed}
     return None
 
 
-# ------------------------------------------------------------------ the properties of tests/core
+def _runs(seed: int, runs: int, first: int | None) -> Iterator[int]:
+    if first is not None:
+        yield first
+    yield from range(seed * APART, seed * APART + runs)
 
 
-class FoundError(BaseException):
-    """The first failure: no other example is tried, none is made smaller."""
-
-
-def by_properties(seed: int) -> Found | None:
-    """Try each property in turn, with histories that only this seed decides."""
-    from hypothesis import seed as seeded
-
-    properties = vars(import_module("tests.core.test_properties"))
-    events = count_events()
-    for name, test in properties.items():
-        if not name.startswith("test_"):
-            continue
-        test.hypothesis.inner_test = stop_at_first(test.hypothesis.inner_test)
-        try:
-            seeded(seed)(test)()
-        except (FoundError, Exception) as error:  # noqa: BLE001
-            cause = error.__cause__ if isinstance(error, FoundError) else error
-            return {"by": f"{name}: {where(cause or error)}", "events": events[0]}
-    return None
-
-
-def stop_at_first(test: Callable[..., None]) -> Callable[..., None]:
-    @wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            test(*args, **kwargs)
-        except Exception as error:
-            raise FoundError from error
-
-    return run
-
-
-def count_events() -> list[int]:
-    """Count what every world is fed from now on."""
-    world = import_module("tests.core.world").World
-    count, feed = [0], world.feed
-
-    def counted(self: Any, event: Any) -> list[str]:
-        count[0] += 1
-        told: list[str] = feed(self, event)
-        return told
-
-    world.feed = counted
-    return count
-
-
-def where(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.name}: {last.line} {type(error).__name__} {str(error).splitlines()[:1]}"
+def main() -> None:
+    gc.set_threshold(100_000)  # a run keeps what it makes, so that looking for garbage is in vain
+    runs, *seeds = sys.argv[1:]
+    asked = [seed.partition(":") for seed in seeds]
+    found = [first_violation(int(s), int(runs), int(run) if run else None) for s, _, run in asked]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    print(json.dumps(first_violation(*map(int, sys.argv[1:]))))
+    main()

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 COPIED = ("mgpu_core", "tests/core", "tests/planted")
 # The tests that state a property, or run the core many times over, are no examples of a rule.
 NO_EXAMPLES = ("test_properties.py", "test_transcripts.py")
-LIMIT_S = 600
+LIMIT_S = 1800
 
 
 class DoesNotApplyError(ValueError):
@@ -27,10 +27,14 @@ class DoesNotApplyError(ValueError):
 
 @frozen
 class Caught:
-    """`by` names the property and what failed in it; `events` were sent until then."""
+    """`by` names the property and what failed in it; `events` were sent until then.
+
+    `run` is the one that shows it, null where the core broke down altogether.
+    """
 
     by: str
     events: int
+    run: int | None = None
 
 
 def changed(edits: tuple[Edit, ...], sources: Mapping[str, str]) -> dict[str, str]:
@@ -81,13 +85,20 @@ def fails_an_example(tree: Path) -> str | None:
     return failed[0] if failed else ran.stdout[-500:] + ran.stderr[-500:]
 
 
-def caught(tree: Path, seed: int) -> Caught | None:
-    """Let the properties look for the bug, with random histories of this seed."""
-    ran = _python(tree, "-m", "tests.planted.catcher", str(seed))
+def caught(
+    tree: Path, seeds: Sequence[int], *, runs: int, first: Mapping[int, int] | None = None
+) -> tuple[Caught | None, ...]:
+    """Let the properties look for the bug, with random histories of each seed.
+
+    `first` tells for some seeds in which run it showed the last time, which saves the others.
+    """
+    asked = [f"{seed}:{first[seed]}" if first and seed in first else str(seed) for seed in seeds]
+    ran = _python(tree, "-m", "tests.planted.catcher", str(runs), *asked)
     if ran.returncode:
-        return Caught(by=f"crash: {ran.stderr.strip().splitlines()[-1]}", events=0)
+        crash = Caught(by=f"crash: {ran.stderr.strip().splitlines()[-1]}", events=0)
+        return (crash,) * len(seeds)
     found = json.loads(ran.stdout.splitlines()[-1])
-    return None if found is None else Caught(**found)
+    return tuple(None if one is None else Caught(**one) for one in found)
 
 
 def environment(tree: Path) -> dict[str, str]:

@@ -1,17 +1,25 @@
 """Plant each bug in turn and see who notices: `make planted`.
 
-python -m tests.planted.run [--seeds 1,2,3] [--jobs 2] [--examples] [NAME ...]
+python -m tests.planted.run [--seeds 1,2,3] [--runs 400] [--jobs 2] [--examples] [NAME ...]
+
+Where each was noticed is kept in `caught.json`, for the tests to look there first.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from attrs import frozen
 
 from tests.planted.planting import Caught, caught, fails_an_example, planted
 from tests.planted.plants import PLANTS, Plant
+
+KEPT = Path(__file__).parent / "caught.json"
+# Of the simulated host, for a seed, before a plant counts as not noticed.
+RUNS = 400
 
 
 @frozen
@@ -29,10 +37,29 @@ class Outcome:
         return self.example is None and all(self.caught)
 
 
-def try_plant(plant: Plant | None, seeds: Sequence[int], *, examples: bool) -> Outcome:
+def try_plant(
+    plant: Plant | None, seeds: Sequence[int], *, runs: int, examples: bool = False
+) -> Outcome:
+    """Search anew: what is known of earlier runs is not used."""
     with planted(plant) as tree:
         example = fails_an_example(tree) if examples else None
-        return Outcome(plant, example, tuple(caught(tree, seed) for seed in seeds))
+        return Outcome(plant, example, caught(tree, seeds, runs=runs))
+
+
+def noticed() -> dict[str, dict[int, int]]:
+    """Give for each plant and seed the run in which it was noticed the last time."""
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    return {name: {int(seed): run for seed, run in runs.items()} for name, runs in kept.items()}
+
+
+def keep(outcome: Outcome, seeds: Sequence[int]) -> None:
+    if outcome.plant is None:
+        return
+    kept = noticed()
+    found = {s: one.run for s, one in zip(seeds, outcome.caught, strict=True) if one and one.run}
+    kept[outcome.plant.name] = kept.get(outcome.plant.name, {}) | found
+    names = [plant.name for plant in PLANTS if plant.name in kept]
+    KEPT.write_text(json.dumps({name: kept[name] for name in names}, indent=1) + "\n")
 
 
 def row(outcome: Outcome) -> str:
@@ -59,6 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.planted.run")
     parser.add_argument("names", nargs="*", metavar="NAME", help="plants to try; none: all")
     parser.add_argument("--seeds", default="1,2,3", help="for the random histories")
+    parser.add_argument("--runs", type=int, default=RUNS, help="for a seed, at most")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--examples", action="store_true", help="see that no example test fails")
     arguments = parser.parse_args()
@@ -66,7 +94,7 @@ def main() -> int:
     plants = chosen(arguments.names)
 
     print(f"{'planted':<46} {'breaks':<6} {'seen':<4} {'after events':<22} by")
-    control = try_plant(None, seeds, examples=False)
+    control = try_plant(None, seeds, runs=arguments.runs)
     print(row(control), flush=True)
     if not control.good:
         print("\nthe core itself breaks a property: mend that first, it hides what is planted")
@@ -74,9 +102,11 @@ def main() -> int:
     outcomes = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for outcome in pool.map(
-            lambda plant: try_plant(plant, seeds, examples=arguments.examples), plants
+            lambda plant: try_plant(plant, seeds, runs=arguments.runs, examples=arguments.examples),
+            plants,
         ):
             print(row(outcome), flush=True)
+            keep(outcome, seeds)
             outcomes.append(outcome)
     good = sum(outcome.good for outcome in outcomes)
     print(f"\n{good} of {len(outcomes)} planted bugs are caught with every seed")

@@ -1,30 +1,29 @@
-"""Put what a step decided and noted into words, for a transcript: a line each, in order."""
+"""What a step decided and noted, in words: a line each, in order, as transcripts have it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mgpu_core import effects as fx
 from mgpu_core.config import SECOND_US
 from mgpu_core.notes import Note
 from mgpu_core.state import State
-from tests.core.driver import START_US, Core
 
 # Which note gives the reason of an effect; both stand in one line.
 EXPLAINED = {fx.Serve: "Granted", fx.Reject: "Rejected", fx.StartUnload: "Unloading"}
 READ = "read the cards"
 
 
-def said(core: Core) -> list[str]:
-    """Give what the last step decided and noted, in its order, one a line."""
-    clock = f"{(core.at - START_US) / SECOND_US:6.1f}  "
-    effects = [effect for effect in core.last if not isinstance(effect, fx.WakeAt)]
+def said(all_effects: Sequence[fx.Effect], notes: Sequence[Note], us: int) -> list[str]:
+    """Give what a step decided and noted, in its order, one a line; `us` after the beginning."""
+    clock = f"{us / SECOND_US:6.1f}  "
+    effects = [effect for effect in all_effects if not isinstance(effect, fx.WakeAt)]
     lines = []
-    for note in core.last_notes:
+    for note in notes:
         effect = next((one for one in effects if explains(note, one)), None)
         if effect is not None:
             effects.remove(effect)
             lines.append(decided(effect, note.details))
-        elif not any(begins(note, one) for one in core.last):
+        elif not any(begins(note, one) for one in all_effects):
             lines.append(noted(note))
     lines += [decided(effect, {}) for effect in effects]
     return [(clock + line).rstrip() for line in lines]
@@ -71,7 +70,7 @@ def line(what: str, of: str, details: str) -> str:
 
 def noted(note: Note) -> str:
     """Put a note that explains no effect in a line: what, of whom, and its numbers."""
-    rest = dict(note.details)
+    rest: dict[str, Any] = dict(note.details)
     match note.type:
         case "Waits":
             who, overtaken = flat(rest.pop("who")), rest.pop("overtaken")
@@ -96,8 +95,9 @@ def noted(note: Note) -> str:
         case "Served":
             ran = f"{rest['outcome']}, after {rest['ran_us'] / SECOND_US:.1f} s"
             return line("  ended", str(note.request), ran)
-    of = f"{note.request} ({note.consumer})" if note.request and note.consumer else None
-    return line(f"  {note.type}", of or note.request or note.consumer or "", ", ".join(pairs(rest)))
+    both = f"{note.request} ({note.consumer})" if note.request and note.consumer else None
+    name = both or note.request or note.consumer or ""
+    return line(f"  {note.type}", name, ", ".join(pairs(rest)))
 
 
 def pairs(details: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import pytest
 
 from mgpu_core.config import SECOND_US, Consumer, Gpu
+from mgpu_core.events import GpuReading, GpuSample
 from mgpu_core.notes import Reason, Why
 from mgpu_core.planners import Lru, View
 from tests.core.driver import Core, Table, service
@@ -94,6 +95,20 @@ def test_victims_are_found_on_every_card_that_lacks_memory() -> None:
         absent=["both"],
     )
     assert sorted(core.request("r1", "both")) == ["unload a", "unload b"]
+
+
+def test_of_a_card_that_is_not_configured_a_reading_tells_the_size() -> None:
+    core = Core(
+        *(service(f"a{mib}", vram_mib={1: mib}) for mib in (9_000, 9_001, 10_000, 10_001)),
+        absent=["a9000", "a9001", "a10000", "a10001"],
+        gpus=(Gpu(),),
+    )
+    reading = GpuReading(index=1, total_mib=10_000, used_mib=1_000, free_mib=9_000)
+    core.send(GpuSample, taken=core.at, gpus=(reading,))
+    assert core.request("r1", "a9001") == []
+    assert core.request("r2", "a9000") == ["load a9000"]
+    assert core.request("r3", "a10000") == []
+    assert core.request("r4", "a10001") == ["reject r4 insufficient_vram"]
 
 
 # ------------------------------------------------------------------ whom to evict

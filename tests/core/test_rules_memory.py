@@ -5,7 +5,8 @@ import pytest
 from mgpu_core.config import SECOND_US, Consumer, Gpu
 from mgpu_core.events import GpuReading, GpuSample
 from mgpu_core.notes import Reason, Why
-from mgpu_core.planners import Lru, View
+from mgpu_core.planners import Holder, Lru, View
+from mgpu_core.state import Residency
 from tests.core.driver import Core, Table, service
 
 CARD_16 = (Gpu(total_mib=16_000),)
@@ -395,6 +396,64 @@ def test_the_view_of_a_planner_names_who_runs_in_order() -> None:
     core.request("r1", "b")
     core.request("r2", "a")
     assert ("b", "c", "d") in seen  # b is the target of a swap that still unloads c
+
+
+def test_a_planner_sees_of_each_holder_what_the_scheduler_goes_by() -> None:
+    seen: list[View] = []
+
+    class Watcher:
+        def victims(self, target: str, view: View) -> tuple[str, ...] | None:
+            seen.append(view)
+            return () if view.resident else None
+
+    core = Core(
+        service("a", 8_000, vram_residue_mib=500, driver="process", server="s"),
+        service("b", 4_000, vram_load_mib=5_000, pinned=True),
+        service("t", 20_000, can_coexist_with=("b",)),
+        absent=["t"],
+        planner=Watcher(),
+    )
+    core.probe("a", resident=True, vram_mib=7_500)
+    core.use("r1", "a")
+    used = core.at
+    core.request("r2", "a")
+    core.probe("b", busy=True)
+    core.request("r3", "t")
+    view = seen[-1]
+    assert (view.protected, view.need_mib, view.free_mib) == (("b",), {0: 20_256}, {0: 16_500})
+    common = {"owed": False, "stops_with": (), "idle": False, "load_us": None}
+    assert view.holders == {
+        "a": Holder(
+            name="a",
+            residency=Residency.RESIDENT,
+            gain_mib={0: 7_000},
+            need_mib={0: 8_000},
+            measured_mib=7_500,
+            last_used=used,
+            uses=1,
+            credit=1_000_000 // 7_500,
+            serving=1,
+            busy=False,
+            pinned=False,
+            evictable=True,
+            **common,
+        ),
+        "b": Holder(
+            name="b",
+            residency=Residency.RESIDENT,
+            gain_mib={0: 4_000},
+            need_mib={0: 5_000},
+            measured_mib=None,
+            last_used=None,
+            uses=0,
+            credit=0,
+            serving=0,
+            busy=True,
+            pinned=True,
+            evictable=False,
+            **common,
+        ),
+    }
 
 
 # ------------------------------------------------------------------ when nothing fits

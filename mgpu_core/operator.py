@@ -41,7 +41,6 @@ def on_unload(d: Draft, event: Unload) -> None:
         elif d.consumers[name].residency is not Residency.ABSENT or name in d.swaps:
             d.update(name, leaving=True)
             d.note("Leaving", consumer=name)
-    d.again = True
 
 
 def _no_unload(d: Draft, name: str, named: Sequence[str]) -> str | None:

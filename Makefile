@@ -45,7 +45,7 @@ fuzz: $(INSTALLED) ## the properties with fresh seeds, for SECONDS=60, or once m
 planted: $(READY) ## each planted bug of the core, and which property catches it, as a table
 	$(BIN)/python -m tests.planted.run
 
-mutants: $(MUTATION) ## small changes everywhere in the core, and which no test notices (hours)
+mutants: $(MUTATION) ## small changes everywhere in the core, and which no test notices (an hour)
 	$(BIN)/python -m tests.planted.mutants
 
 run: $(INSTALLED) ## the broker in front of the services of config/consumers.yaml

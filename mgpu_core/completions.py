@@ -130,7 +130,6 @@ def _one_unloaded(d: Draft, name: str, error: str | None) -> None:
             Source.COMMAND,
             unload_cooldown=None,
             leaving=False,
-            cleared=False,
             touched=d.at,
             # Where a driver stopped it, no process is left that could hold anything.
             leaky_mib=state.leaky_mib if by_route else None,

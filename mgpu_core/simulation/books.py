@@ -159,6 +159,9 @@ class Step:
 
 
 def together(config: Config, name: str) -> tuple[str, ...]:
+    """Give who shares its server, itself included; of one that has left, nothing more is known."""
+    if name not in config.consumers:
+        return (name,)
     server = config.consumers[name].server
     return tuple(one for one, consumer in config.consumers.items() if consumer.server == server)
 

@@ -21,6 +21,7 @@ class Faults:
 
     probe_flaps: int = 0  # no answer, or a bad one, from a service that is well
     probe_lies: int = 0  # it says loaded for unloaded, busy for idle
+    probe_slow: int = 0  # its answer comes seconds after it looked
     sample_missing: int = 0
     sample_stale: int = 0  # it was taken seconds ago
     sample_wrong: int = 0
@@ -50,4 +51,7 @@ RATES = (20, 100, 300, 1000)
 def swarm(chance: Chance) -> Faults:
     """Draw which faults there are in a run, and how often: few at a time, or many, or none."""
     share = pick(chance, (0, 80, 80, 250, 500))
-    return Faults(**{name: pick(chance, RATES) for name in NAMES if likely(chance, share)})
+    faults = {name: pick(chance, RATES) for name in NAMES if likely(chance, share)}
+    if likely(chance, 100):
+        faults["sample_missing"] = 1000  # a host whose cards nobody can read
+    return Faults(**faults)

@@ -35,13 +35,20 @@ WAYS: tuple[tuple[bool, bool, Driver], ...] = (
     (False, True, "systemd"),
     (False, False, "none"),
 )
+# Of a server of several: with a stop all of them go.
+RACK_WAYS: tuple[tuple[bool, bool, Driver], ...] = (
+    (True, True, "systemd"),
+    (True, True, "none"),
+    (False, False, "process"),
+    (False, True, "systemd"),
+)
 
 
 @frozen(kw_only=True)
 class Setting:
     """One run to be: a configuration and what happens to it. `fair`: nothing is in anybody's way
     for ever, so that each wait must end by itself. `replayed`: its log is played again at the end,
-    which costs as much as the run.
+    which costs as much as the run. `calm`: nothing goes wrong at all, and sizes are as declared.
     """
 
     config: Config
@@ -49,6 +56,7 @@ class Setting:
     faults: Faults
     fair: bool
     replayed: bool = True
+    calm: bool = False
 
 
 def draw_config(chance: Chance, *, fair: bool) -> Config:
@@ -79,8 +87,8 @@ def draw_config(chance: Chance, *, fair: bool) -> Config:
         unload_timeout_us=pick(chance, (120, 200) if fair else (20, 5, 60)) * SECOND_US,
         settle_timeout_us=pick(chance, (10, 3)) * SECOND_US,
         restore_after_us=pick(chance, (None, None, 30 * SECOND_US)),
-        poll_interval_us=pick(chance, (2, 1, 5)) * SECOND_US,
-        probe_interval_us=pick(chance, (5, 10)) * SECOND_US,
+        poll_interval_us=pick(chance, (2, 5, 10)) * SECOND_US,
+        probe_interval_us=pick(chance, (10, 5, 30)) * SECOND_US,
     )
 
 
@@ -106,8 +114,8 @@ class _Habits:
             sizes_mib=pick(chance, (SIZES_MIB, tuple(pick(chance, SIZES_MIB) for _ in range(2)))),
             friends=tuple(friends[:2]),
             rack=tuple(rack[:3]),
-            way=pick(chance, WAYS[:-1] if fair else WAYS),
-            server_concurrency=pick(chance, (None, 1, 2)),
+            way=pick(chance, RACK_WAYS),
+            server_concurrency=pick(chance, (None, 2, 1)),
         )
 
 
@@ -127,7 +135,7 @@ def _consumer(chance: Chance, name: str, cards: int, habits: _Habits, *, fair: b
         vram_mib={gpu: min(size, 18_000) if fair else size for gpu in used},
         vram_load_mib=pick(chance, (0, 0, 0, 11_000)),
         vram_residue_mib=pick(chance, (0, 0, 400)),
-        vram_auto=likely(chance, 150) and (size > 0 or not fair),
+        vram_auto=likely(chance, 250) and (size > 0 or not fair),
         vram_managed=not fair and likely(chance, 80),
         gpu_slot=not likely(chance, 150),
         load_route=load_route,
@@ -135,7 +143,7 @@ def _consumer(chance: Chance, name: str, cards: int, habits: _Habits, *, fair: b
         driver=driver,
         can_coexist_with=tuple(one for one in habits.friends if one != name) if friendly else (),
         priority=pick(chance, (2, 2, 0, 4)),
-        max_concurrency=pick(chance, (1, 1, 2, 10)),
+        max_concurrency=pick(chance, (2, 10, 1) if racked else (1, 1, 2, 10)),
         max_pending=pick(chance, (64, 64, 3)),
         pinned=not fair and likely(chance, 80),
         preload=likely(chance, 200),
@@ -186,11 +194,14 @@ def _other_acts(
         acts.append((0, Foreign(gpu=gpu, mib=pick(chance, (6_000, 2_000, 15_000)))))
         acts.append((chance.randint(1, 60) * SECOND_US, Foreign(gpu=gpu, mib=0)))
     if likely(chance, faults.busy // 3):
-        acts.append((0, Busy(consumer=pick(chance, names), us=chance.randint(1, 30) * SECOND_US)))
+        name = pick(chance, names)
+        acts.append((0, Busy(consumer=name, us=chance.randint(1, 30) * SECOND_US)))
+        if likely(chance, faults.operator):
+            acts.append((chance.randint(1, 20) * SECOND_US, ev.Unload(at=0, consumers=(name,))))
     if likely(chance, faults.operator // 3):
         acts.append((0, _operator(chance, names)))
     if likely(chance, faults.reconfigured // 6):
-        acts.append((0, ev.Reconfigured(at=0, config=_changed(chance, config))))
+        acts.append((0, ev.Reconfigured(at=0, config=draw_changed(chance, config))))
         acts.append((20 * SECOND_US, ev.Reconfigured(at=0, config=config)))
     if likely(chance, faults.broker_crashes // 10):
         acts.append((0, BrokerCrash(down_us=chance.randint(1, 20) * 500_000)))
@@ -215,7 +226,7 @@ def _operator(chance: Chance, names: Sequence[str]) -> ev.Event:
     return pick(chance, acts)
 
 
-def _changed(chance: Chance, config: Config) -> Config:
+def draw_changed(chance: Chance, config: Config) -> Config:
     """Draw what an operator makes of a file: one is gone, or new, or has other limits."""
     consumers = dict(config.consumers)
     what = chance.randint(0, 4)
@@ -249,6 +260,42 @@ def draw_setting(
     script = draw_script(chance, config, faults, acts=acts)
     replayed = pick(chance, (True, False, False))
     return Setting(config=config, script=script, faults=faults, fair=fair, replayed=replayed)
+
+
+def draw_calm(
+    chance: Chance, faults: Faults, *, acts: int, config: Config | None = None
+) -> Setting:
+    """Draw a fair run in which nothing goes wrong; a client may leave.
+
+    It begins once all services have told how they are. A configuration of somebody's own that
+    can't be held to its sizes has an ordinary run.
+    """
+    if config is not None and (unfair_because(config) or not _is_plain(config)):
+        return draw_setting(chance, faults, fair=False, acts=acts, config=config)
+    plain = _plain(draw_config(chance, fair=True)) if config is None else config
+    plain = own_reading(plain, fair=True)
+    calm = Faults(client_leaves=faults.client_leaves)
+    script = draw_script(chance, plain, calm, acts=acts)
+    later = tuple((at + SECOND_US, act) for at, act in script)
+    return Setting(config=plain, script=later, faults=calm, fair=True, calm=True)
+
+
+def _plain(config: Config) -> Config:
+    """Make every size known and true, and every service tell of itself who is in."""
+    gpus = {index: evolve(gpu, total_mib=CARD_MIB) for index, gpu in config.gpus.items()}
+    consumers = {
+        name: evolve(one, vram_auto=False, server=name) for name, one in config.consumers.items()
+    }
+    return evolve(config, gpus=gpus, consumers=consumers)
+
+
+def _is_plain(config: Config) -> bool:
+    return (
+        config.when_unfit != "admit"
+        and all(gpu.total_mib is not None for gpu in config.gpus.values())
+        and not any(one.vram_auto or one.can_coexist_with for one in config.consumers.values())
+        and not any(config.siblings.values())
+    )
 
 
 # ------------------------------------------------------------------ a configuration of one's own

@@ -340,6 +340,10 @@ def one_load(step: Step) -> Iterator[str]:
         order = step.books.orders.get(load.consumer)
         if order and step.at < order.deadline and not ended:
             yield f"{load.consumer} is told to load during its {order.kind}"
+        server = step.consumer(load.consumer).server
+        for name, stop in step.books.orders.items():
+            if stop.server == server and step.now.orders.get(name) is stop:
+                yield f"{load.consumer} is told to load while {name} stops its server"
         if [one.consumer for one in step.loads].count(load.consumer) > 1:
             yield f"{load.consumer} is told to load twice in one step"
     for note in step.notes:
@@ -439,8 +443,11 @@ def _promises_broken(step: Step) -> Iterator[str]:
 
 def _given_up(step: Step, name: str) -> bool:
     """Its swap came to nothing, or somebody saw that it is out."""
-    if isinstance(step.event, ev.ProbeResult) and step.event.consumer == name:
-        return step.event.resident is False or step.event.failure == "refused"
+    match step.event:
+        case ev.ProbeResult(consumer=one, resident=False) if one == name:
+            return True
+        case ev.ProbeResult(consumer=one, failure="refused") if one == name:
+            return True
     return any(
         note.type in {"SwapEnded", "ColdStartGivenUp"} and note.consumer == name
         for note in step.notes

@@ -74,11 +74,14 @@ def smallest(report: Report, chance_of: MakeChance, planner: Planner | None = No
     the run with the least of a script and the fewest faults instead.
     """
     assert report.violation is not None
-    wanted, fair = report.violation.property, report.setting.fair
+    wanted = report.violation.property
     last_failing: Retold | None = None
+    known = set(unfair_because(report.setting.config))
 
     def fails(case: Case) -> bool:
         nonlocal last_failing
+        # Made plainer, a configuration may itself keep somebody waiting.
+        fair = report.setting.fair and known.issuperset(unfair_because(case.config))
         told = retold(case, planner, wanted=wanted, fair=fair)
         failed = told.violation is not None and told.violation.property == wanted
         if failed:
@@ -131,7 +134,6 @@ def retold(
     retelling = _Retelling(case.config, planner, wanted)
     violation = retelling.all_of(case.events)
     if violation is None and wanted == "P1":
-        fair = fair and not unfair_because(retelling.state.config)
         violation = retelling.calm_end(fair=fair)
     if violation is None and wanted in {"P11", "P13"}:
         violation = replays(case.config, retelling.log, retelling.watched)

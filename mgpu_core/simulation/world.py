@@ -97,7 +97,7 @@ class Traits:
     def drawn(cls, chance: Chance) -> "Traits":
         return cls(
             load_us=pick(chance, LOAD_US),
-            unload_us=pick(chance, (200 * MS_US, 50 * MS_US, 2 * SECOND_US)),
+            unload_us=pick(chance, (200 * MS_US, 50 * MS_US, 2 * SECOND_US, 10 * SECOND_US)),
             tells_residency=not likely(chance, 300),
             tells_busy=not likely(chance, 300),
             tells_vram=likely(chance, 200),
@@ -119,6 +119,8 @@ class Service:
     busy_until: int = 0
     # Grows whenever what it was about to do with its memory no longer holds.
     turn: int = 0
+    # The turn in which its first request brings it in.
+    starting: int = -1
 
     def target_mib(self, gpu: int) -> int:
         if self.consumer.vram_managed:
@@ -233,6 +235,11 @@ class World:
     def die(self, consumer: str) -> None:
         """Let a service crash, next, with all of its server."""
         self._in(0, self._die, self.services[consumer])
+
+    @property
+    def next_at(self) -> int:
+        """The time of whatever happens next."""
+        return self._heap[0][0] if self._heap else self.now
 
     def heal(self) -> None:
         """No fault from now on: what hangs answers, what leaks lets go, nobody else is here."""
@@ -584,8 +591,7 @@ class World:
         us = client.ask.work_us
         if not service.loaded:
             us += service.traits.load_us
-            self._grow(service, service.traits.load_us)
-            self._in(service.traits.load_us, self._cold_started, service, service.turn)
+            self._start_cold(service)
         if self._fault("job_crashes"):
             self._in(us // 2, self._die, service)
         else:
@@ -594,6 +600,14 @@ class World:
     def _outcome(self) -> str:
         failed = self._fault("job_fails")
         return pick(self.chance, ("upstream_error", "timeout")) if failed else "ok"
+
+    def _start_cold(self, service: Service) -> None:
+        """Its first request has it take its memory; who comes meanwhile waits for that as well."""
+        if service.starting == service.turn:
+            return
+        self._grow(service, service.traits.load_us)
+        service.starting = service.turn
+        self._in(service.traits.load_us, self._cold_started, service, service.turn)
 
     def _cold_started(self, service: Service, turn: int) -> None:
         need = self._steady(service)
@@ -666,7 +680,10 @@ class World:
             fields |= {"healthy": False, "failure": failure}
         else:
             fields |= self._answers(service)
-        self._tell(self.chance.randint(1, 40) * MS_US, ev.ProbeResult, **fields)
+        us = self.chance.randint(1, 40) * MS_US
+        if self._fault("probe_slow"):
+            us += self.chance.randint(1, 8) * SECOND_US
+        self._tell(us, ev.ProbeResult, **fields)
 
     def _failure(self, service: Service) -> ev.ProbeFailure | None:
         if self._fault("probe_flaps"):

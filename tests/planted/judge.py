@@ -33,7 +33,7 @@ ARGUMENTS = (
     *("-p", "no:terminalreporter", "-p", "no:logging"),
     "tests/core",
     # Those that read the source of the core itself, or play long histories, can't judge a mutant.
-    *("--ignore=tests/core/test_architecture.py", "--ignore=tests/core/test_properties.py"),
+    "--ignore=tests/core/test_architecture.py",
     "--deselect=tests/core/test_transcripts.py::test_a_history_is_told_so_that_it_can_be_played",
 )
 

@@ -16,8 +16,8 @@ from tests.planted.plants import Edit, Plant
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("mgpu_core", "tests/core", "tests/planted")
-# The tests that state a property, or run the core many times over, are no examples of a rule.
-NO_EXAMPLES = ("test_properties.py", "test_transcripts.py")
+# The tests that run the core many times over are no examples of a rule.
+NO_EXAMPLES = ("test_transcripts.py",)
 LIMIT_S = 1800
 
 

@@ -5,15 +5,22 @@
 
 from collections import Counter
 from random import Random
+from unittest import mock
 
 import pytest
+from attrs import evolve
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from mgpu_core.simulation import ORACLES, campaign, play, swarm
+from mgpu_core.draft import Draft
+from mgpu_core.scheduler import Scheduler
+from mgpu_core.simulation import ORACLES, PROPERTIES, Report, campaign, play, swarm
 from mgpu_core.simulation.chance import Chance
+from mgpu_core.simulation.faults import CALM
+from mgpu_core.simulation.making import draw_calm
 from mgpu_core.simulation.reach import LABELS
-from mgpu_core.simulation.run import Report
+from mgpu_core.simulation.run import play_setting
+from mgpu_core.walk import walk as walk_those_concerned
 
 PROFILE = settings(
     max_examples=60,
@@ -64,9 +71,48 @@ def test_whatever_should_happen_happens_and_no_property_is_broken() -> None:
     assert [label for label in LABELS if not reached[label]] == []
 
 
+@pytest.mark.timeout(300)
+def test_in_calm_weather_memory_is_kept_and_everybody_is_served() -> None:
+    for seed in range(30):
+        chance = Random(seed)
+        setting = draw_calm(chance, swarm(chance), acts=20)
+        report = play_setting(setting, chance)
+        assert report.violation is None, f"seed {seed}: {told(report)}"
+
+
+def test_calm_weather_alone_shows_who_keeps_no_account_of_memory() -> None:
+    with (
+        mock.patch.dict(ORACLES, {}, clear=True),
+        mock.patch("mgpu_core.memory.free_mib", return_value=24_000),
+    ):
+        reports = (play_setting(draw_calm(Random(n), CALM, acts=20), Random(n)) for n in range(20))
+        found = next(report.violation for report in reports if report.violation)
+    assert found.property == "P7"
+
+
+def look_at_everybody(d: Draft) -> None:
+    d.concerned = None
+    walk_those_concerned(d)
+
+
+@pytest.mark.timeout(300)
+def test_who_is_not_looked_at_could_not_have_moved_on() -> None:
+    for report in campaign(range(12), Random):
+        scheduler = Scheduler(report.setting.config)
+        state = scheduler.initial()
+        for happened in report.history:
+            quick = scheduler.step(state, happened)
+            with mock.patch("mgpu_core.walk.walk", look_at_everybody):
+                whole = scheduler.step(state, happened)
+            assert quick.effects == whole.effects
+            assert evolve(quick.state, reasons={}) == evolve(whole.state, reasons={})
+            state = quick.state
+
+
 def test_there_is_an_oracle_for_every_property_of_single_steps() -> None:
     of_whole_runs = {"P11", "P13"}
     assert {*ORACLES, *of_whole_runs} == {f"P{number}" for number in range(1, 16)}
+    assert {*ORACLES, *of_whole_runs, "planner"} == set(PROPERTIES)
 
 
 def test_a_run_is_a_function_of_its_chance() -> None:

@@ -370,7 +370,7 @@ def _joining(step: Step) -> set[str]:
     return {
         note.request
         for note in step.notes
-        if note.type == "Waits" and note.request and note.details["why"] is Why.SWAP
+        if note.type == "Waits" and note.request and note.details["why"] == Why.SWAP
     }
 
 

@@ -243,7 +243,7 @@ def plan_before_unload(step: Step) -> Iterator[str]:
         told = [one for one in step.unloads if one.epoch == swap.epoch]
         if not told:
             continue
-        new = later[later.index(swap.target) + 1 :] if swap.target in later else []
+        new = later[later.index(swap.target) + 1 :] if swap.target in later else later
         target = step.consumer(swap.target)
         for gpu, need in ledger.needs(step.after, target).items():
             wanted = need + ledger.cushion(step.after, gpu)

@@ -110,6 +110,15 @@ def test_of_a_card_that_is_not_configured_a_reading_tells_the_size() -> None:
     assert core.request("r2", "a9000") == ["load a9000"]
     assert core.request("r3", "a10000") == []
     assert core.request("r4", "a10001") == ["reject r4 insufficient_vram"]
+    core.cancel("r1")
+    core.cancel("r3")
+    core.loaded("a9000")
+    core.unload("a9000")
+    core.wait(7)  # the reading is stale: its total and what was foreign in it still count
+    core.finish("r2")
+    core.unloaded("a9000")
+    assert core.request("r5", "a9001") == []
+    assert core.request("r6", "a9000") == ["load a9000"]
 
 
 # ------------------------------------------------------------------ whom to evict

@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 MUTATION := $(VENV)/.mutation
+POLICIES := $(VENV)/policies
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz planted mutants run real bench picture deploy rollback try-deploy clean
+.PHONY: help demo test lint fuzz planted mutants run real bench policies picture deploy rollback try-deploy clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,8 +65,17 @@ rollback: ## HOST=[USER@]NAME goes back to the release that ran before
 try-deploy: ## deploy and rollback against a system of its own (root; Debian with systemd-container)
 	tests/deploy/try.sh
 
-bench: $(INSTALLED) ## what a step costs and what the broker adds to a request, as tables
+bench: $(INSTALLED) ## what a step costs, what the broker adds to a request, how policies compare, as tables
 	$(BIN)/mgpu bench
+
+policies: $(INSTALLED) ## docs/schedule.svg and its tables: policies on drawn arrivals, and with TRACE=DIR on recorded ones (an hour)
+	mkdir -p $(POLICIES)
+	$(BIN)/mgpu bench schedule --json > $(POLICIES)/services.json
+	for slots in $(if $(TRACE),1 2 3 4); do \
+		$(BIN)/mgpu bench schedule --trace "$(TRACE)" --slots $$slots --json \
+			> $(POLICIES)/slots-$$slots.json || exit 1; \
+	done
+	$(BIN)/python docs/draw_schedule.py $(POLICIES)
 
 picture: $(INSTALLED) ## docs/demo.svg anew, from a demo
 	$(BIN)/python docs/draw_demo.py

@@ -16,13 +16,13 @@ def on_probe(d: Draft, event: ProbeResult) -> None:
     if state is None:
         d.note("Ignored", consumer=event.consumer, what="ProbeResult", because="it is not known")
         return
-    event = evolve(event, taken=min(event.taken, d.at))
+    if event.taken > d.at:
+        event = evolve(event, taken=d.at)
     if state.last_probe is not None and event.taken < state.last_probe:
         d.note(
             "Ignored", consumer=event.consumer, what="ProbeResult", because="older than the last"
         )
         return
-    d.update(event.consumer, last_probe=event.taken)
     if event.healthy:
         _answered(d, event, state)
     else:
@@ -34,7 +34,7 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     name = event.consumer
     if state.unreachable:
         d.note("Healthy", consumer=name)
-    d.update(name, healthy=True, probe_failures=0, probe_error=None)
+    d.update(name, last_probe=event.taken, healthy=True, probe_failures=0, probe_error=None)
     quiet = (
         state.operation is None
         and name not in d.swaps
@@ -47,7 +47,7 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     elif quiet and state.refused:
         assumed = assumed_residency(d.consumer(name)) is Residency.RESIDENT
         _see(d, name, resident=assumed, source=Source.ASSUMED)
-    if quiet:
+    if quiet and state.refused:
         d.update(name, refused=False)  # until then, what it holds after its refusal is not known
     settled = event.taken > state.moved and state.starter is None
     if event.vram_mib and settled and d.consumers[name].residency is Residency.RESIDENT:
@@ -74,6 +74,7 @@ def _see(d: Draft, name: str, *, resident: bool, source: Source) -> None:
 
 def _failed(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     name = event.consumer
+    d.update(name, last_probe=event.taken)
     if event.failure == "timeout" and _worked(d, name, event.taken):
         d.note("Ignored", consumer=name, what="ProbeResult", because="it was at work for us")
         return

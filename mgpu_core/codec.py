@@ -28,6 +28,7 @@ from mgpu_core.effects import Effect
 from mgpu_core.events import Event
 from mgpu_core.notes import Note
 from mgpu_core.state import State
+from mgpu_core.upcast import UnknownVersionError, shape, stamp
 
 Json: TypeAlias = Any
 T = TypeVar("T")
@@ -39,6 +40,18 @@ EFFECTS: Mapping[str, Any] = {cls.__name__: cls for cls in get_args(effects.Effe
 class CodecError(ValueError):
     """Not the shape that the contract gives; the message says where and what was expected."""
 
+    def __init__(self, message: str, where: str = "") -> None:
+        super().__init__(message)
+        self.where = where
+
+    def within(self, where: str) -> "CodecError":
+        """Say in what it was found, from the inside out: only who fails pays for the place."""
+        self.where = where + self.where
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.args[0]}"
+
 
 def encode_event(event: Event) -> dict[str, Json]:
     """Give the event without its `at`, which stands beside it in a log line."""
@@ -47,11 +60,11 @@ def encode_event(event: Event) -> dict[str, Json]:
     for name in _names(cls):
         if name != "at":
             encoded[name] = _encode(getattr(event, name))
-    return encoded
+    return stamp(encoded)
 
 
 def encode_effect(effect: Effect) -> dict[str, Json]:
-    return {"type": type(effect).__name__, **_encode_fields(effect)}
+    return stamp({"type": type(effect).__name__, **_encode_fields(effect)})
 
 
 def encode_note(note: Note) -> dict[str, Json]:
@@ -75,7 +88,7 @@ def encode_state(state: State) -> dict[str, Json]:
 
 
 def decode_event(data: Mapping[str, Json], at: int) -> Event:
-    return cast("Event", _decode_tagged(EVENTS, {**data, "at": at}, "event"))
+    return cast("Event", _decode_tagged(EVENTS, data, "event", at=at))
 
 
 def decode_effect(data: Mapping[str, Json]) -> Effect:
@@ -93,11 +106,11 @@ def decode_note(data: Mapping[str, Json]) -> Note:
 
 
 def decode_config(data: Mapping[str, Json]) -> Config:
-    return cast("Config", _decoder(Config)(data, "config"))
+    return cast("Config", _decode_whole(Config, data, "config"))
 
 
 def decode_state(data: Mapping[str, Json]) -> State:
-    return cast("State", _decoder(State)(data, "state"))
+    return cast("State", _decode_whole(State, data, "state"))
 
 
 # ------------------------------------------------------------------------------------ encoding
@@ -109,21 +122,32 @@ def _names(cls: Any) -> tuple[str, ...]:
 
 
 def _encode_fields(value: object) -> dict[str, Json]:
-    cls: Any = type(value)
-    return {name: _encode(getattr(value, name)) for name in _names(cls)}
+    encoded: dict[str, Json] = {}
+    kind: Any = type(value)
+    for name in _names(kind):
+        item = getattr(value, name)
+        encoded[name] = item if type(item) in _PLAIN else _encode(item)
+    return encoded
 
 
 def _encode(value: object) -> Json:
-    kind = type(value)
-    if kind is str or kind is int or value is None or kind is bool:
-        return value
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, tuple):
-        return [_encode(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
-    return _encode_fields(value)
+    kind: Any = type(value)
+    return value if kind in _PLAIN else _encoder(kind)(value)
+
+
+_PLAIN = frozenset({str, int, bool, types.NoneType})
+
+
+@cache
+def _encoder(kind: Any) -> Callable[[Any], Json]:
+    """Choose how values of that class are encoded, once."""
+    if issubclass(kind, Enum):
+        return lambda value: value.value
+    if issubclass(kind, tuple):
+        return lambda value: [_encode(item) for item in value]
+    if issubclass(kind, Mapping):
+        return lambda value: {str(key): _encode(item) for key, item in value.items()}
+    return _encode_fields
 
 
 def _frozen(value: Json) -> Json:
@@ -132,18 +156,32 @@ def _frozen(value: Json) -> Json:
 
 # ------------------------------------------------------------------------------------ decoding
 
-Decoder: TypeAlias = Callable[[Json, str], object]
+Decoder: TypeAlias = Callable[[Json], object]
 
 
-def _decode_tagged(classes: Mapping[str, Any], data: Mapping[str, Json], where: str) -> object:
-    if not isinstance(data, Mapping):
-        raise CodecError(f"{where}: expected an object, got {type(data).__name__}")
+def _decode_tagged(
+    classes: Mapping[str, Any], data: Mapping[str, Json], where: str, **more: Json
+) -> object:
+    if not isinstance(data, dict):
+        raise CodecError(f"expected an object, got {type(data).__name__}", where)
     tag = data.get("type")
     if not isinstance(tag, str) or tag not in classes:
-        raise CodecError(f"{where}.type: {tag!r} is none of {', '.join(sorted(classes))}")
-    rest = {key: value for key, value in data.items() if key != "type"}
-    decode: Decoder = _decoder(classes[tag])
-    return decode(rest, tag)
+        known = ", ".join(sorted(classes))
+        raise CodecError(f"{tag!r} is none of {known}", f"{where}.type")
+    try:
+        rest = {**shape(data), **more}
+    except UnknownVersionError as error:
+        raise CodecError(str(error), where) from error
+    del rest["type"]
+    return _decode_whole(classes[tag], rest, tag)
+
+
+def _decode_whole(hint: Any, data: Json, where: str) -> object:
+    decode: Decoder = _decoder(hint)
+    try:
+        return decode(data)
+    except CodecError as error:
+        raise error.within(where) from None
 
 
 @cache
@@ -153,7 +191,7 @@ def _decoder(hint: Any) -> Decoder:
         return _class_decoder(hint)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in {Union, types.UnionType}:
-        return _union_decoder(tuple(_decoder(argument) for argument in arguments), str(hint))
+        return _union_decoder(arguments, str(hint))
     if origin is Literal:
         return _choice_decoder({choice: choice for choice in arguments})
     if origin is tuple:
@@ -171,68 +209,91 @@ def _class_decoder(cls: Any) -> Decoder:
     decoders = {attribute.name: _decoder(hints[attribute.name]) for attribute in given}
     required = {attribute.name for attribute in given if attribute.default is NOTHING}
 
-    def decode(data: Json, where: str) -> object:
-        if not isinstance(data, Mapping):
-            raise CodecError(f"{where}: expected an object, got {type(data).__name__}")
-        if unknown := sorted(set(data) - set(decoders)):
-            raise CodecError(f"{where}: unknown field {unknown[0]!r}")
-        if missing := sorted(required - set(data)):
-            raise CodecError(f"{where}: field {missing[0]!r} is missing")
-        return cls(**{key: decoders[key](value, f"{where}.{key}") for key, value in data.items()})
+    def decode(data: Json) -> object:
+        if not isinstance(data, dict):
+            raise CodecError(f"expected an object, got {type(data).__name__}")
+        if data.keys() != decoders.keys():
+            if unknown := sorted(data.keys() - decoders.keys()):
+                raise CodecError(f"unknown field {unknown[0]!r}")
+            if missing := sorted(required - data.keys()):
+                raise CodecError(f"field {missing[0]!r} is missing")
+        decoded = {}
+        key = ""
+        try:
+            for key, value in data.items():
+                decoded[key] = decoders[key](value)
+        except CodecError as error:
+            raise error.within(f".{key}") from None
+        return cls(**decoded)
 
     return decode
 
 
-def _union_decoder(decoders: tuple[Decoder, ...], expected: str) -> Decoder:
-    def decode(data: Json, where: str) -> object:
+def _union_decoder(arguments: tuple[Any, ...], expected: str) -> Decoder:
+    decoders = [_decoder(argument) for argument in arguments]
+    optional = types.NoneType in arguments
+
+    def decode(data: Json) -> object:
+        if data is None and optional:
+            return None
         for decoder in decoders:
             try:
-                return decoder(data, where)
+                return decoder(data)
             except CodecError as error:
                 # The error of the member that nearly fitted says more than "none of them".
-                if not str(error).startswith(f"{where}:"):
+                if error.where:
                     raise
-        raise CodecError(f"{where}: expected {expected}, got {data!r}")
+        raise CodecError(f"expected {expected}, got {data!r}")
 
     return decode
 
 
 def _choice_decoder(choices: Mapping[str, object]) -> Decoder:
-    def decode(data: Json, where: str) -> object:
+    def decode(data: Json) -> object:
         if not isinstance(data, str) or data not in choices:
-            raise CodecError(f"{where}: expected one of {', '.join(choices)}, got {data!r}")
+            raise CodecError(f"expected one of {', '.join(choices)}, got {data!r}")
         return choices[data]
 
     return decode
 
 
 def _tuple_decoder(item: Decoder) -> Decoder:
-    def decode(data: Json, where: str) -> object:
+    def decode(data: Json) -> object:
         if not isinstance(data, list):
-            raise CodecError(f"{where}: expected a list, got {data!r}")
-        return tuple(item(value, f"{where}[{index}]") for index, value in enumerate(data))
+            raise CodecError(f"expected a list, got {data!r}")
+        decoded = []
+        try:
+            for value in data:
+                decoded.append(item(value))  # noqa: PERF401 - its length tells which one failed
+        except CodecError as error:
+            raise error.within(f"[{len(decoded)}]") from None
+        return tuple(decoded)
 
     return decode
 
 
 def _mapping_decoder(key: type, item: Decoder) -> Decoder:
-    def decode(data: Json, where: str) -> object:
-        if not isinstance(data, Mapping):
-            raise CodecError(f"{where}: expected an object, got {data!r}")
+    def decode(data: Json) -> object:
+        if not isinstance(data, dict):
+            raise CodecError(f"expected an object, got {data!r}")
+        decoded = {}
+        name = ""
         try:
-            return {key(name): item(value, f"{where}.{name}") for name, value in data.items()}
+            for name, value in data.items():
+                decoded[key(name)] = item(value)
+        except CodecError as error:
+            raise error.within(f".{name}") from None
         except ValueError as error:
-            if isinstance(error, CodecError):
-                raise
-            raise CodecError(f"{where}: keys are {key.__name__}s") from error
+            raise CodecError(f"keys are {key.__name__}s") from error
+        return decoded
 
     return decode
 
 
 def _plain_decoder(kind: type) -> Decoder:
-    def decode(data: Json, where: str) -> object:
+    def decode(data: Json) -> object:
         if type(data) is not kind and not (kind is type(None) and data is None):
-            raise CodecError(f"{where}: expected {kind.__name__}, got {data!r}")
+            raise CodecError(f"expected {kind.__name__}, got {data!r}")
         return data
 
     return decode

@@ -6,7 +6,39 @@ from mgpu_core.config import Config, in_order
 from mgpu_core.draft import Draft
 from mgpu_core.effects import Probe
 from mgpu_core.events import Drain, Reconfigured, Resume, Shutdown, Started
-from mgpu_core.state import ConsumerState, Phase, Residency, first_belief
+from mgpu_core.state import (
+    ConsumerState,
+    Phase,
+    Residency,
+    State,
+    first_belief,
+    initial_state,
+)
+
+
+def carried_over(last: State, config: Config, at: int) -> State:
+    """Give the state with which a new run begins at `at`: what outlives the last, under `config`.
+
+    Who is no longer configured is forgotten; who is new begins as at a first start. Was the clock
+    set back between the two, what lies ahead stays as far ahead as it was.
+    """
+    fresh = initial_state(in_order(config))
+    back = max(0, last.at - at)
+    return evolve(
+        fresh,
+        at=last.at - back,
+        run=last.run,
+        epoch=last.epoch,
+        arrivals=last.arrivals,
+        age=last.age,
+        counters=last.counters,
+        consumers={
+            name: last.consumers[name].over_a_restart(state, back)
+            if name in last.consumers
+            else state
+            for name, state in fresh.consumers.items()
+        },
+    )
 
 
 def on_started(d: Draft, event: Started) -> None:

@@ -62,6 +62,9 @@ class Cooldown:
     failures: int
     until: int
 
+    def earlier(self, us: int) -> "Cooldown":
+        return evolve(self, until=self.until - us)
+
 
 @frozen(kw_only=True, slots=False)  # see `changed`
 class ConsumerState:
@@ -109,18 +112,21 @@ class ConsumerState:
     def unreachable(self) -> bool:
         return self.healthy is False
 
-    def over_a_restart(self, fresh: "ConsumerState") -> "ConsumerState":
-        """Give what outlives a run, with a fresh belief about everything else."""
+    def over_a_restart(self, fresh: "ConsumerState", back: int = 0) -> "ConsumerState":
+        """Give what outlives a run, with a fresh belief about everything else.
+
+        `back`: how far the clock was set back since.
+        """
         return evolve(
             fresh,
             measured_mib=self.measured_mib,
             leaky_mib=self.leaky_mib,
-            last_used=self.last_used,
+            last_used=None if self.last_used is None else self.last_used - back,
             uses=self.uses,
             credit=self.credit,
             load_us=self.load_us,
-            load_cooldown=self.load_cooldown,
-            unload_cooldown=self.unload_cooldown,
+            load_cooldown=self.load_cooldown and self.load_cooldown.earlier(back),
+            unload_cooldown=self.unload_cooldown and self.unload_cooldown.earlier(back),
             total_requests=self.total_requests,
         )
 

@@ -23,6 +23,7 @@ from mgpu_core.codec import (
 )
 from mgpu_core.config import SECOND_US
 from mgpu_core.events import Cancel, Event, Reconfigured, Request, Shutdown, Started
+from mgpu_core.lifecycle import carried_over
 from mgpu_core.notes import Note
 from mgpu_core.planners import Planner
 from mgpu_core.scheduler import Scheduler, Transition
@@ -32,7 +33,7 @@ from mgpu_effects.carry_out import Executor
 from mgpu_effects.clock import Clock
 from mgpu_effects.core_config import core_config
 from mgpu_effects.errors import SHUTTING_DOWN, BrokerError
-from mgpu_effects.event_log import EventLog, default_dir
+from mgpu_effects.event_log import EventLog, default_dir, recall
 from mgpu_effects.jobs import Job
 from mgpu_effects.proxy import open_session
 from mgpu_effects.services import Services
@@ -70,6 +71,7 @@ class Broker:
         self.failed = asyncio.Event()
         self._clock = clock or Clock()
         self.started_at = self._clock.now()
+        self._planner = planner
         self._scheduler = Scheduler(core_config(settings), planner)
         self.state: State = self._scheduler.initial()
         # Told of every step, in order; they may not raise.
@@ -92,8 +94,15 @@ class Broker:
     # ------------------------------------------------------------------------ start, stop, reload
 
     async def start(self) -> None:
-        """Begin; raises EventLogError where the log can't be written."""
-        self._event_log.open(self._seq + 1)
+        """Begin, with what the last run remembered; raises EventLogError where the log can't be
+        written.
+        """
+        self._event_log.open()
+        memory = recall(self._event_log.directory, self._planner)
+        self._seq = memory.seq
+        if memory.state is not None:
+            self.state = carried_over(memory.state, self.state.config, self._clock.now())
+        self._event_log.begin(self._seq + 1)
         self._session = open_session()
         self._control = control_session()
         self._services = Services(self._control, on_exit=self._look_at)

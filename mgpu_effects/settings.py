@@ -397,7 +397,9 @@ class EventLogSettings:
         default=1,
         metadata=doc("seconds between two; each: as soon as it can, and nothing waits for it"),
     )
-    rotate_mib: AtLeastOne = field(default=64, metadata=doc("size of one file"))
+    rotate_mib: AtLeastOne = field(
+        default=64, metadata=doc("size of one file at most, before it is compressed")
+    )
     keep_mib: AtLeastOne = field(default=1024, metadata=doc("size of all files"))
     keep_days: Annotated[float, Between(0)] = field(default=30, metadata=doc("age of files"))
 

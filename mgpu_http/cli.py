@@ -113,6 +113,29 @@ def bench_arguments(parser: ArgumentParser) -> None:
     known = ", ".join(PARTS)
     parser.add_argument("parts", metavar="PART", nargs="*", type=part, help=f"{known} [all]")
     parser.add_argument("--rounds", type=positive, default=5, help="how often each is measured [5]")
+    policies = parser.add_argument_group("schedule")
+    policies.add_argument("--policies", metavar="NAME,NAME", help="which to compare [all]")
+    policies.add_argument(
+        "--trace", metavar="DIR", help="recorded arrivals [some hours of four services, drawn]"
+    )
+    policies.add_argument(
+        "--users", metavar="N", type=positive, default=4, help="of a trace, one user in N [4]"
+    )
+    policies.add_argument(
+        "--part", metavar="N", type=natural, default=0, help="which of these parts, from 0 [0]"
+    )
+    policies.add_argument(
+        "--slots", metavar="N", type=positive, default=1, help="models that a card holds [1]"
+    )
+    policies.add_argument(
+        "--seeds", metavar="N", type=positive, default=8, help="how many draws [8]"
+    )
+    policies.add_argument(
+        "--first-seed", metavar="N", type=natural, default=0, help="the seed of the first [0]"
+    )
+    policies.add_argument(
+        "--processes", metavar="N", type=positive, help="how many work at once [one a core]"
+    )
 
 
 def part(text: str) -> str:
@@ -124,6 +147,12 @@ def part(text: str) -> str:
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"{text!r} is no number from 0 on")
     return int(text)
 
 
@@ -156,8 +185,8 @@ COMMANDS = (
     ),
     Command(
         name="bench",
-        help="measure what a step costs and what the broker adds to a request",
-        example="mgpu bench steps requests --rounds 3",
+        help="measure what a step costs, what the broker adds to a request, how policies compare",
+        example="mgpu bench schedule --policies fifo,default --seeds 4",
         run="bench.run:bench",
         add=(bench_arguments, as_json),
     ),

@@ -109,9 +109,10 @@ class _Habits:
     @classmethod
     def drawn(cls, chance: Chance, names: Sequence[str], *, fair: bool) -> "_Habits":
         rack = [name for name in names if likely(chance, 600)] if likely(chance, 350) else []
+        few = tuple(pick(chance, SIZES_MIB) for _ in range(2))
         friends = [name for name in names if not fair and likely(chance, 300)]
         return cls(
-            sizes_mib=pick(chance, (SIZES_MIB, tuple(pick(chance, SIZES_MIB) for _ in range(2)))),
+            sizes_mib=pick(chance, (SIZES_MIB, few, few[:1])),
             friends=tuple(friends[:2]),
             rack=tuple(rack[:3]),
             way=pick(chance, RACK_WAYS),
@@ -174,7 +175,7 @@ def _ask(chance: Chance, names: Sequence[str], faults: Faults) -> Ask:
         consumer=pick(chance, names),
         work_us=pick(chance, (1_000, 200, 5_000, 20_000)) * 1_000,
         priority=pick(chance, (None, None, None, 0, 2, 4)),
-        patience_us=chance.randint(0, 100) * 200_000 if leaves else None,
+        patience_us=pick(chance, (chance.randint(0, 100) * 200_000, 2_000_000)) if leaves else None,
         deadline_us=_deadline_us(chance) if likely(chance, 80) else None,
     )
 
@@ -198,7 +199,7 @@ def _other_acts(
         acts.append((0, Busy(consumer=name, us=chance.randint(1, 30) * SECOND_US)))
         if likely(chance, faults.operator):
             acts.append((chance.randint(1, 20) * SECOND_US, ev.Unload(at=0, consumers=(name,))))
-    if likely(chance, faults.operator // 3):
+    if likely(chance, faults.operator // 2):
         acts.append((0, _operator(chance, names)))
     if likely(chance, faults.reconfigured // 6):
         acts.append((0, ev.Reconfigured(at=0, config=draw_changed(chance, config))))
@@ -216,6 +217,7 @@ def _operator(chance: Chance, names: Sequence[str]) -> ev.Event:
     name = pick(chance, names)
     acts: tuple[ev.Event, ...] = (
         ev.Unload(at=0, consumers=(name,)),
+        ev.Unload(at=0, consumers=(name,), force=True),
         ev.Unload(at=0, consumers=(name,), force=True),
         ev.Unload(at=0),
         ev.Load(at=0, consumer=name),

@@ -90,6 +90,10 @@ class Traits:
     tells_busy: bool = True
     tells_vram: bool = False
     mute_at_work: bool = False
+    # It works on one job after another, however many it was given.
+    in_turn: bool = False
+    # Between how many tenths of its usual time a load or unload takes.
+    spread: tuple[int, int] = (8, 15)
     # What it really takes where its configuration knows nothing.
     unknown_mib: int = 0
 
@@ -117,6 +121,8 @@ class Service:
     mib: dict[int, int] = field(factory=dict)
     jobs: set[str] = field(factory=set)
     busy_until: int = 0
+    # When it will have worked off what it was given, where it works in turn.
+    free_at: int = 0
     # Grows whenever what it was about to do with its memory no longer holds.
     turn: int = 0
     # The turn in which its first request brings it in.
@@ -163,8 +169,12 @@ class World:
         scheduler: Scheduler | None = None,
         traits: Mapping[str, Traits] | None = None,
         resident: frozenset[str] | None = None,
+        rereads: bool = False,
     ) -> None:
         self.config = config
+        # The cards are read whenever a load or unload has ended, which takes the place of polls
+        # where these come so seldom that they don't count.
+        self.rereads = rereads
         self.chance = chance
         self.faults = faults
         self.scheduler = scheduler or Scheduler(config)
@@ -177,6 +187,8 @@ class World:
         self.foreign: dict[int, int] = dict.fromkeys(config.gpus, 0)
         self.totals = {n: g.total_mib or CARD_MIB for n, g in config.gpus.items()}
         self.clients: dict[str, Client] = {}
+        # When the work of each request that was granted began, or will.
+        self.began: dict[str, int] = {}
         self.asked = 0
         self.overcommitted = 0
         self.last_event: ev.Event | None = None
@@ -448,7 +460,7 @@ class World:
         loads = command.kind is ev.SwapDone
         which = "load" if loads else "unload"
         us = service.traits.load_us if loads else service.traits.unload_us
-        us = us * self.chance.randint(8, 15) // 10
+        us = us * self.chance.randint(*service.traits.spread) // 10
         timeout_us = self.config.load_timeout_us if loads else self.config.unload_timeout_us
         if self._fault(f"{which}_hangs"):
             us = timeout_us + self.chance.randint(1, 30) * SECOND_US
@@ -481,6 +493,8 @@ class World:
             lane.popleft()
             if lane:
                 self._begin(lane[0])
+        if self.rereads:
+            self._in(SECOND_US, self._sample)
         fields = {
             "consumer": command.consumer,
             "epoch": command.epoch,
@@ -494,7 +508,7 @@ class World:
             self._lost.append((self.runs, kind, fields))
             return None
         if self._fault("answered_twice"):
-            again_us = pick(self.chance, (SECOND_US, 0, 3 * SECOND_US, 40 * SECOND_US))
+            again_us = pick(self.chance, (SECOND_US, 0, 10 * SECOND_US, 40 * SECOND_US))
             self._in(again_us, self._arrive, self.runs, kind, fields)
         if self._fault("answered_late"):
             late_us = self.chance.randint(1, 30) * 100 * MS_US
@@ -588,10 +602,15 @@ class World:
         if not service.up:
             self._job_ends(request, "upstream_error", 10 * MS_US)
             return
-        us = client.ask.work_us
+        begins = self.now
         if not service.loaded:
-            us += service.traits.load_us
+            begins += service.traits.load_us
             self._start_cold(service)
+        if service.traits.in_turn:
+            begins = max(begins, service.free_at)
+            service.free_at = begins + client.ask.work_us
+        self.began[request] = begins
+        us = begins - self.now + client.ask.work_us
         if self._fault("job_crashes"):
             self._in(us // 2, self._die, service)
         else:

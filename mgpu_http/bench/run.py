@@ -9,31 +9,37 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mgpu_http.bench import PARTS, core, proxying
+from mgpu_http.bench import PARTS, core, log, proxying, schedule
 from mgpu_http.bench.load import LoadError
 from mgpu_http.bench.servers import Target, servers
 from mgpu_http.commands.output import DONE, CommandError, document, message, result
 from mgpu_http.status import VERSION
 
 Row: TypeAlias = Mapping[str, object]
+# Its figures depend on no machine, and have a shape of their own.
+SIMULATED = "schedule"
+KEYS = {SIMULATED: "policies"}
 
 
 def bench(arguments: Namespace) -> int:
     """Run the parts that were asked for, by default all."""
-    measured: dict[str, Any] = {"machine": machine()}
+    parts = arguments.parts or list(PARTS)
+    measured: dict[str, Any] = {}
     try:
-        for part in arguments.parts or PARTS:
+        for part in parts:
             message(f"measuring: {part} ...")
-            measured[part] = MEASURES[part](arguments.rounds)
+            measured[part] = MEASURES[part](arguments)
     except (OSError, LoadError) as error:
         raise CommandError(str(error)) from error
+    timed = {"machine": machine()} if set(parts) != {SIMULATED} else {}
     if arguments.json:
-        document(measured)
+        named = {KEYS.get(part, part): found for part, found in measured.items()}
+        document(timed | named)
         return DONE
-    result(f"mgpu {VERSION} on {measured.pop('machine')}")
-    for part, rows in measured.items():
+    result(" on ".join((f"mgpu {VERSION}", *timed.values())))
+    for part, found in measured.items():
         result(f"\n## {PARTS[part]}\n")
-        result(markdown(rows))
+        result(markdown(schedule.rows(found) if part == SIMULATED else found))
     return DONE
 
 
@@ -71,11 +77,12 @@ def markdown(rows: Sequence[Row]) -> str:
 # ------------------------------------------------------------------------------------- parts
 
 
-def steps(rounds: int) -> list[Row]:
+def steps(arguments: Namespace) -> list[Row]:
     rows: list[Row] = []
     for waiting, requests in ((0, 2000), (100, 1000), (1000, 300)):
         best = min(
-            (core.steps(waiting, requests=requests) for _ in range(rounds)), key=lambda s: s.step_us
+            (core.steps(waiting, requests=requests) for _ in range(arguments.rounds)),
+            key=lambda s: s.step_us,
         )
         rows.append(
             {"waiting": waiting, "us per step": round(best.step_us), "steps/s": round(best.per_s)}
@@ -83,8 +90,8 @@ def steps(rounds: int) -> list[Row]:
     return rows
 
 
-def walk(rounds: int) -> list[Row]:
-    took_ms = min(core.walk_ms() for _ in range(rounds))
+def walk(arguments: Namespace) -> list[Row]:
+    took_ms = min(core.walk_ms() for _ in range(arguments.rounds))
     return [
         {
             "waiting": core.CROWD,
@@ -95,15 +102,30 @@ def walk(rounds: int) -> list[Row]:
     ]
 
 
-def requests(rounds: int) -> list[Row]:
-    return asyncio.run(_answers("/answer", rounds, requests=900))
+def event_log(arguments: Namespace) -> list[Row]:
+    costs = [log.measure() for _ in range(arguments.rounds)]
+    return [
+        {
+            "us per event, p50": round(min(cost.append_p50_us for cost in costs), 1),
+            "p99": round(min(cost.append_p99_us for cost in costs), 1),
+            "limit": log.APPEND_LIMIT_US,
+            "replayed/s": round(max(cost.replayed_per_s for cost in costs)),
+            "goal": log.REPLAY_GOAL_PER_S,
+        }
+    ]
 
 
-def streams(rounds: int) -> list[Row]:
-    return asyncio.run(_answers("/stream", rounds, requests=64, without=("bare Hypercorn",)))
+def requests(arguments: Namespace) -> list[Row]:
+    return asyncio.run(_answers("/answer", arguments.rounds, requests=900))
 
 
-def bodies(_rounds: int) -> list[Row]:
+def streams(arguments: Namespace) -> list[Row]:
+    return asyncio.run(
+        _answers("/stream", arguments.rounds, requests=64, without=("bare Hypercorn",))
+    )
+
+
+def bodies(_arguments: Namespace) -> list[Row]:
     return asyncio.run(_bodies())
 
 
@@ -144,10 +166,12 @@ async def _bodies() -> list[Row]:
     ]
 
 
-MEASURES: Mapping[str, Callable[[int], list[Row]]] = {
+MEASURES: Mapping[str, Callable[[Namespace], Any]] = {
     "steps": steps,
     "walk": walk,
+    "log": event_log,
     "requests": requests,
     "streams": streams,
     "bodies": bodies,
+    SIMULATED: schedule.compare,
 }

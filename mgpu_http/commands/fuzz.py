@@ -255,7 +255,8 @@ class Finding:
             lambda: (encode_config(config), encode_state(states[number])),
         )
         number = 0
-        written.open(1)
+        written.open()
+        written.begin(1)
         for number, (event, transition) in enumerate(self.log, start=1):
             effects = [encode_effect(effect) for effect in transition.effects]
             notes = [encode_note(note) for note in transition.notes]

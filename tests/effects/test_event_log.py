@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from mgpu_effects import event_log
-from mgpu_effects.event_log import EventLog, EventLogError, default_dir
+from mgpu_effects.event_log import EventLog, EventLogError, default_dir, writing
 from mgpu_effects.settings import EventLogSettings
 
 AT = 1_780_000_000_000_000
 # One line of it makes a segment full.
 FULL = {"type": "Request", "request": "x" * 2**20}
 HEADER = (
-    '{"log":"mgpu","format":1,"mgpu":"0.1.0","run":"r1",'
-    '"config":{"consumers":{}},"state":{"seq":0}}'
+    '{"log":"mgpu","format":1,"mgpu":"0.1.0","run":"r1","config":{"consumers":{}},"state":{"seq":0}'
 )
 FIRST_EVENT = (
     '{"seq":1,"at":1780000000000001,'
@@ -46,7 +44,8 @@ class Run:
         return {"consumers": {}}, {"seq": self.seq}
 
     def open(self) -> "Run":
-        self.log.open(self.seq + 1)
+        self.log.open()
+        self.log.begin(self.seq + 1)
         return self
 
     def append(self, event: dict | None = None) -> None:
@@ -83,9 +82,14 @@ async def test_a_segment_is_a_header_and_a_line_for_each_event(start, tmp_path):
     (segment,) = segments(tmp_path)
     assert segment.name == "events-r1-0000000001.jsonl"
     header, *events, rest = segment.read_bytes().decode("ascii").split("\n")
-    assert header == HEADER
-    assert [line[: line.index(',"crc":"')] for line in events] == [FIRST_EVENT, SECOND_EVENT]
-    assert all(len(line[line.index(',"crc":"') :]) == len(',"crc":"9ae1f03b"}') for line in events)
+    all_lines = [header, *events]
+    assert [line[: line.index(',"crc":"')] for line in all_lines] == [
+        HEADER,
+        FIRST_EVENT,
+        SECOND_EVENT,
+    ]
+    crc = len(',"crc":"9ae1f03b"}')
+    assert all(len(line[line.index(',"crc":"') :]) == crc for line in all_lines)
     assert rest == ""
 
 
@@ -128,29 +132,30 @@ async def test_a_full_segment_is_followed_by_one_that_replays_alone(start, tmp_p
     assert event["seq"] == 3
 
 
-async def test_the_oldest_segments_go_when_there_are_too_many_bytes(start, tmp_path):
-    run = start(keep_mib=3)
-    for _ in range(5):
+async def test_a_segment_with_enough_events_is_followed_too(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "SEGMENT_EVENTS", 3)
+    run = start()
+    for _ in range(7):
+        run.append()
+    assert [s.name[-7:-6] for s in segments(tmp_path)] == ["1", "4", "7"]
+
+
+async def test_a_segment_that_is_old_is_followed_too(start, tmp_path, monkeypatch):
+    run = start()
+    run.append()
+    monkeypatch.setattr(writing, "_SEGMENT_AGE_S", 0)
+    run.append()
+    assert [s.name[-7:-6] for s in segments(tmp_path)] == ["1", "3"]
+
+
+async def test_closed_segments_are_looked_after_beside_the_event_loop(start, tmp_path):
+    run = start(keep_mib=2)
+    for _ in range(3):
         run.append(FULL)
-    # Each is a little larger than 1 MiB: one closed and the current one stay under 3 MiB.
-    assert [s.name[-8:-6] for s in segments(tmp_path)] == ["05", "06"]
-
-
-async def test_old_segments_go_by_age_and_other_files_never(start, tmp_path):
-    directory = tmp_path / "log"
-    directory.mkdir(mode=0o700)
-    for name, days in (("events-r0-0000000001.jsonl", 3), ("events-r0-0000000009.jsonl", 1)):
-        (directory / name).write_text("{}\n")
-        then = time.time() - days * 86_400
-        os.utime(directory / name, (then, then))
-    (directory / "notes.txt").write_text("mine")
-    os.utime(directory / "notes.txt", (0, 0))
-    start(keep_days=2)
-    assert [s.name for s in segments(tmp_path)] == [
-        "events-r0-0000000009.jsonl",
-        "events-r1-0000000001.jsonl",
-    ]
-    assert (directory / "notes.txt").exists()
+    first, *_ = segments(tmp_path)
+    async with asyncio.timeout(20):
+        while first.exists():  # noqa: ASYNC110 - a thread removes it
+            await asyncio.sleep(0.01)
 
 
 async def test_a_second_broker_on_the_directory_is_refused(start, tmp_path):
@@ -208,7 +213,7 @@ def file_limit(size: int) -> Iterator[None]:
 
 
 async def test_on_a_full_disk_the_run_goes_on_and_the_gap_is_told(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(event_log, "_RETRY_S", 0)
+    monkeypatch.setattr(writing, "_RETRY_S", 0)
     run = start()
     run.append()
     (segment,) = segments(tmp_path)

@@ -5,7 +5,7 @@ import json
 import pytest
 from aiohttp import ClientSession
 
-from mgpu_http.bench import PARTS, core, proxying
+from mgpu_http.bench import PARTS, core, log, proxying
 from mgpu_http.bench.load import LoadError, post, send
 from mgpu_http.bench.run import MEASURES, markdown
 from mgpu_http.bench.servers import KINDS, servers
@@ -49,6 +49,12 @@ async def test_every_server_answers_what_the_service_answers() -> None:
     ]
     for one in measured:
         assert one.p50_ms <= one.p99_ms
+
+
+def test_a_log_is_written_and_replayed() -> None:
+    costs = log.measure(events=50)
+    assert 0 < costs.append_p50_us <= costs.append_p99_us
+    assert costs.replayed_per_s > 0
 
 
 def test_each_part_has_a_title_and_each_way_a_kind() -> None:

@@ -1,16 +1,19 @@
 """A broker in front of real services, each under a path of one upstream of its own."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from attrs import asdict
+
 from mgpu_core.events import Unload
+from mgpu_core.replay import Record
 from mgpu_core.state import Residency
 from mgpu_effects.broker import Broker
 from mgpu_effects.clock import Clock
+from mgpu_effects.event_log import read
 from mgpu_effects.jobs import Job
 from mgpu_effects.settings import (
     ConsumerSettings,
@@ -97,10 +100,7 @@ def paths(upstream: Upstream) -> list[str]:
 
 def lines(log_dir: Path) -> list[dict[str, Any]]:
     """Read what was logged, without the headers."""
-    found = []
-    for segment in sorted(log_dir.glob("events-*.jsonl")):
-        found += [json.loads(line) for line in segment.read_text().splitlines()[1:]]
-    return found
+    return [asdict(item) for item in read(log_dir) if isinstance(item, Record)]
 
 
 def logged(log_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -1,63 +1,45 @@
-r"""The event log, written: JSON Lines in segments, from which every state can be computed again.
-
-A segment `events-RUN-SEQ.jsonl` (SEQ: its first event, ten digits) is ASCII with LF and holds
-
-1. a header: `{"log":"mgpu","format":1,"mgpu":VERSION,"run":RUN,"config":{...},"state":{...}}`,
-   where `state` is the one before event SEQ, so that the segment replays alone;
-2. one line per event, keys in this order:
-   `{"seq":17,"at":...,"event":{...},"effects":[...],"notes":[...],"crc":"9ae1f03b"}`.
-
-`crc` is the CRC-32 (zlib's), eight hexadecimal digits, over the line without that member: its
-bytes before `,"crc":` and a closing `}`.
-
-Could events not be written (disk full, input/output error), the log goes on in a new segment,
-whose header holds the state after them and whose second line tells of them:
-`{"gap":COUNT,"first":SEQ,"last":SEQ,"crc":"..."}`.
+"""One run's events, written as they happen: a line is in the kernel's hands before any effect is
+carried out, and on the disk by policy. What takes long is done in threads.
 """
 
 import asyncio
 import contextlib
 import fcntl
-import json
 import logging
 import math
 import os
+import threading
 import time
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from mgpu_effects.event_log.files import segment_name
+from mgpu_effects.event_log.format import (
+    EventLogError,
+    Json,
+    encode_gap,
+    encode_header,
+    encode_line,
+)
+from mgpu_effects.event_log.keeping import MIB, sync_directory, tidy
 from mgpu_effects.settings import EventLogSettings
 
-FORMAT = 1
-_MIB = 2**20
-_DAY_S = 86_400
+# A segment ends when it is full (`rotate_mib`), old, or holds this many events: to fold them over
+# its header's state takes half a second, which is what a look at any point of a log costs.
+SEGMENT_EVENTS = 8192
+_SEGMENT_AGE_S = 86_400.0
 _RETRY_S = 1.0
-_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
 _log = logging.getLogger(__name__)
 
-Json: TypeAlias = Mapping[str, object]
 # The core's configuration and state as of now, encoded.
 Snapshot: TypeAlias = Callable[[], tuple[Json, Json]]
-
-
-class EventLogError(Exception):
-    """The log can't be opened; the message is for the operator."""
-
-
-def default_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """`$STATE_DIRECTORY` (systemd's; the first of several), else mgpu in the user's state home."""
-    if given := environ.get("STATE_DIRECTORY"):
-        return Path(given.split(":")[0])
-    home = Path(environ.get("XDG_STATE_HOME", ""))
-    return (home if home.is_absolute() else Path.home() / ".local" / "state") / "mgpu"
 
 
 class EventLog:
     """Writes one run's events. An event is appended before its effects are carried out.
 
-    `snapshot` is asked where a segment begins, within `open`, `append` and `close`: it gives the
+    `snapshot` is asked where a segment begins, within `begin`, `append` and `close`: it gives the
     state after the last event appended. `lost` counts the events that could not be written.
     Nothing but `open` ever raises: a broker without a log still serves.
     """
@@ -70,8 +52,8 @@ class EventLog:
         version: str,
         snapshot: Snapshot,
     ) -> None:
+        self.directory = directory
         self.lost = 0
-        self._directory = directory
         self._settings = settings
         self._run = run
         self._version = version
@@ -81,27 +63,36 @@ class EventLog:
         self._gap: tuple[int, int] | None = None  # first and last event lost since the segment
         self._begin_after = -math.inf  # monotonic seconds: no attempt on a full disk before
         self._retired: list[int] = []  # descriptors of segments to be synced and closed
+        self._named = False  # a segment was begun, and the disk may not know its name
         self._dirty = asyncio.Event()
         self._syncing = asyncio.Lock()
         self._syncer: asyncio.Task[None] | None = None
+        self._untidy = asyncio.Event()
+        self._ending = threading.Event()
+        self._keeper: asyncio.Task[None] | None = None
 
-    def open(self, first_seq: int) -> None:
-        """Begin the segment for event `first_seq` and those after it; needs a running event loop.
+    def open(self) -> None:
+        """Take the directory; nobody else writes to it until `close`.
 
-        Raises EventLogError where the directory can't be used or another broker uses it.
+        Raises EventLogError where it can't be used or another broker uses it.
         """
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock_fd = _lock(self._directory / "lock")
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_fd = _lock(self.directory / "lock")
         except BlockingIOError as error:
             raise EventLogError(
-                f"another mgpu writes its event log to {self._directory}"
+                f"another mgpu writes its event log to {self.directory}: end it, or give this one"
+                " another `event_log.dir`"
             ) from error
         except OSError as error:
             raise EventLogError(
                 f"event log: cannot use {error.filename}: {error.strerror}"
             ) from error
+
+    def begin(self, first_seq: int) -> None:
+        """Begin the segment for event `first_seq` and those after it, within an event loop."""
         self._begin(first_seq)
+        self._keeper = asyncio.create_task(self._keep_tidy())
         if self._settings.fsync != "never":
             pause_s = 0.0 if self._settings.fsync == "each" else self._settings.fsync
             self._syncer = asyncio.create_task(self._sync_when_dirty(pause_s))
@@ -125,7 +116,7 @@ class EventLog:
             self._begin_after = time.monotonic() + _RETRY_S
             return
         self._dirty.set()
-        if segment.size >= self._settings.rotate_mib * _MIB:
+        if segment.is_over(self._settings.rotate_mib * MIB):
             self._begin(seq + 1)
 
     async def sync(self) -> None:
@@ -135,9 +126,12 @@ class EventLog:
             descriptors += self._retired
             self._retired = []
             self._dirty.clear()
-            await asyncio.to_thread(_sync_and_close, descriptors)
+            named, self._named = self._named, False
+            await asyncio.to_thread(_sync_and_close, descriptors, self.directory if named else None)
 
     async def close(self) -> None:
+        """Write what is left, and let the directory go; the next run tidies up."""
+        self._ending.set()
         if self._gap is not None:
             self._begin_after = -math.inf
             self._begin(self._gap[1] + 1)
@@ -145,6 +139,9 @@ class EventLog:
             self._syncer.cancel()
             await asyncio.wait((self._syncer,))
             await self.sync()
+        if self._keeper is not None:
+            self._untidy.set()
+            await self._keeper
         if self._segment is not None:
             os.close(self._segment.fd)
             self._segment = None
@@ -161,12 +158,10 @@ class EventLog:
         if time.monotonic() < self._begin_after:
             return
         config, state = self._snapshot()
-        head = {"log": "mgpu", "format": FORMAT, "mgpu": self._version, "run": self._run}
-        lines = _encode({**head, "config": config, "state": state}).encode("ascii") + b"\n"
+        lines = encode_header(self._version, self._run, config, state)
         if self._gap is not None:
-            first, last = self._gap
-            lines += _line({"gap": last - first + 1, "first": first, "last": last})
-        path = self._directory / f"events-{self._run}-{seq:010d}.jsonl"
+            lines += encode_gap(*self._gap)
+        path = self.directory / segment_name(self._run, seq)
         try:
             segment = _Segment(path, lines)
         except OSError as error:
@@ -174,11 +169,12 @@ class EventLog:
             self._begin_after = time.monotonic() + _RETRY_S
             return
         if self._gap is not None:
-            _log.warning("event log: goes on after a gap of %d events", last - first + 1)
+            _log.warning("event log: goes on after a gap: events %d to %d are lost", *self._gap)
         self._retire()
         self._segment, self._gap = segment, None
+        self._named = True
         self._dirty.set()
-        self._prune(segment.path)
+        self._untidy.set()
 
     def _retire(self) -> None:
         if self._segment is None:
@@ -190,23 +186,12 @@ class EventLog:
             self._dirty.set()
         self._segment = None
 
-    def _prune(self, current: Path) -> None:
-        """Remove the oldest segments beyond `keep_mib` (the current one counts as full) and those
-        beyond `keep_days`.
-        """
-        settings = self._settings
-        room_bytes = (settings.keep_mib - settings.rotate_mib) * _MIB
-        oldest_s = time.time() - settings.keep_days * _DAY_S
-        try:
-            closed = [
-                (p.stat(), p) for p in self._directory.glob("events-*.jsonl*") if p != current
-            ]
-            for stat, path in sorted(closed, key=lambda c: (c[0].st_mtime_ns, c[1]), reverse=True):
-                room_bytes -= stat.st_size
-                if room_bytes < 0 or stat.st_mtime < oldest_s:
-                    path.unlink()
-        except OSError as error:
-            _log.error("event log: old segments stay: %s", error)
+    async def _keep_tidy(self) -> None:
+        while not self._ending.is_set():
+            await self._untidy.wait()
+            self._untidy.clear()
+            current = self._segment.path if self._segment else None
+            await asyncio.to_thread(tidy, self.directory, current, self._settings, self._ending)
 
     async def _sync_when_dirty(self, pause_s: float) -> None:
         while True:
@@ -224,16 +209,29 @@ class _Segment:
     def __init__(self, path: Path, head: bytes) -> None:
         self.path = path
         self.size = 0
+        self._events = 0
+        self._begun = time.monotonic()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
         self.fd = os.open(path, flags, 0o600)
         try:
-            self.write(head)
+            self._write(head)
         except OSError:
             os.close(self.fd)
             path.unlink(missing_ok=True)
             raise
 
-    def write(self, data: bytes) -> None:
+    def write(self, line: bytes) -> None:
+        self._write(line)
+        self._events += 1
+
+    def is_over(self, full_bytes: int) -> bool:
+        return (
+            self.size >= full_bytes
+            or self._events >= SEGMENT_EVENTS
+            or time.monotonic() >= self._begun + _SEGMENT_AGE_S
+        )
+
+    def _write(self, data: bytes) -> None:
         rest = memoryview(data)
         try:
             while rest:
@@ -243,18 +241,6 @@ class _Segment:
                 os.ftruncate(self.fd, self.size)
             raise
         self.size += len(data)
-
-
-def encode_line(
-    seq: int, at: int, event: Json, effects: Sequence[Json], notes: Sequence[Json]
-) -> bytes:
-    """Give the line of one event, as it stands in a segment."""
-    return _line({"seq": seq, "at": at, "event": event, "effects": effects, "notes": notes})
-
-
-def _line(members: Json) -> bytes:
-    document = _encode(members).encode("ascii")
-    return b'%b,"crc":"%08x"}\n' % (document[:-1], zlib.crc32(document))
 
 
 def _lock(path: Path) -> int:
@@ -268,7 +254,7 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-def _sync_and_close(descriptors: Sequence[int]) -> None:
+def _sync_and_close(descriptors: Sequence[int], directory: Path | None) -> None:
     for descriptor in descriptors:
         try:
             os.fdatasync(descriptor)
@@ -276,3 +262,8 @@ def _sync_and_close(descriptors: Sequence[int]) -> None:
             _log.error("event log: not synced: %s", error.strerror)
         finally:
             os.close(descriptor)
+    if directory is not None:
+        try:
+            sync_directory(directory)
+        except OSError as error:
+            _log.error("event log: names of files not synced: %s", error.strerror)

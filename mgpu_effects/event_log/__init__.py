@@ -1,0 +1,40 @@
+"""The event log: what happened, what was decided and why, from which every state can be computed.
+
+`format` is what stands in a file, `files` which files there are; `writing` writes one run's, and
+`keeping` looks after those that are closed; `reading` streams a log, and `memory` takes from the
+last run what outlives it.
+"""
+
+from mgpu_effects.event_log.files import default_dir
+from mgpu_effects.event_log.format import (
+    CorruptLogError,
+    EventLogError,
+    Gap,
+    Segment,
+    Skipped,
+    Torn,
+    encode_gap,
+    encode_header,
+    encode_line,
+)
+from mgpu_effects.event_log.memory import Memory, recall
+from mgpu_effects.event_log.reading import Item, read
+from mgpu_effects.event_log.writing import EventLog
+
+__all__ = [
+    "CorruptLogError",
+    "EventLog",
+    "EventLogError",
+    "Gap",
+    "Item",
+    "Memory",
+    "Segment",
+    "Skipped",
+    "Torn",
+    "default_dir",
+    "encode_gap",
+    "encode_header",
+    "encode_line",
+    "read",
+    "recall",
+]

@@ -1,0 +1,220 @@
+"""A log streamed: a directory of segments, one segment, or standard input. No more than a line of
+it is held in memory.
+
+    for item in read("/var/lib/mgpu", seq=4711):
+        if isinstance(item, Record): ...
+
+What is damaged is never passed over in silence. Bytes at the end of a file that are no lines were
+cut off in mid-write: `Torn` tells of them. Before lines that are in order, or before a segment that
+leaves events out, they are corruption: an error, or `Skipped` with `salvage`.
+"""
+
+import contextlib
+import sys
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from mgpu_core.replay import Record
+from mgpu_effects.event_log.files import (
+    LINE_LIMIT_BYTES,
+    GoneError,
+    SegmentFile,
+    began_us,
+    open_log,
+    segment_files,
+)
+from mgpu_effects.event_log.format import (
+    BadLineError,
+    CorruptLogError,
+    EventLogError,
+    Gap,
+    Place,
+    Segment,
+    Skipped,
+    Torn,
+    decode_line,
+)
+
+Item: TypeAlias = Segment | Record | Gap | Torn | Skipped
+# Asked where the log ends for now: shall it be looked at again? It is the one that waits.
+Follow: TypeAlias = Callable[[], bool]
+
+
+def read(
+    log: Path | str,
+    *,
+    seq: int | None = None,
+    at: int | None = None,
+    salvage: bool = False,
+    follow: Follow | None = None,
+) -> Iterator[Item]:
+    """Stream a log; of a directory, from the start of the segment that holds `seq` or time `at`.
+
+    Raises CorruptLogError, and EventLogError where it can't be read at all.
+    """
+    reader = _Reader(salvage=salvage)
+    if str(log) == "-":
+        yield from reader.read(sys.stdin.buffer, "standard input")
+    elif Path(log).is_dir():
+        yield from _read_directory(Path(log), reader, seq, at, follow)
+    else:
+        with open_log(Path(log)) as file:
+            yield from reader.read(file, str(log), follow)
+
+
+def _read_directory(
+    directory: Path, reader: "_Reader", seq: int | None, at: int | None, follow: Follow | None
+) -> Iterator[Item]:
+    files = segment_files(directory)
+    if not files:
+        raise EventLogError(f"{directory}: there are no segments of an event log in it")
+    files = files[_first(files, seq, at) :]
+    while files:
+        file, *files = files
+        last = not files
+        with contextlib.suppress(GoneError), file.open() as lines:  # what is gone shows as a gap
+            following = _Following(file, follow) if last and follow else None
+            yield from reader.read(lines, str(file.path), following)
+        if last and follow:
+            files = _after(file)
+
+
+def _first(files: Sequence[SegmentFile], seq: int | None, at: int | None) -> int:
+    """Find the segment that holds it: the last one that begins no later."""
+    if seq is not None:
+        return max((i for i, file in enumerate(files) if file.seq <= seq), default=0)
+    if at is not None:
+        return max(0, bisect_right(files, at, key=began_us) - 1)
+    return 0
+
+
+def _after(file: SegmentFile) -> list[SegmentFile]:
+    files = segment_files(file.path.parent)
+    for number, other in enumerate(files, start=1):
+        if (other.run, other.seq) == (file.run, file.seq):
+            return files[number:]
+    return [other for other in files if other.seq > file.seq]  # it is gone by now
+
+
+class _Following:
+    """Asks on while a segment is the last one, and once more when it no longer is: what came
+    between the last look and the segment after it.
+    """
+
+    def __init__(self, file: SegmentFile, follow: Follow) -> None:
+        self._file = file
+        self._follow = follow
+        self._over = False
+
+    def __call__(self) -> bool:
+        if self._over:
+            return False
+        self._over = bool(_after(self._file))
+        return self._over or self._follow()
+
+
+class _Damage:
+    """Lines in a row that are not as they were written."""
+
+    def __init__(self, place: Place, reason: str) -> None:
+        self.place = place
+        self.reason = reason
+        self.size = 0
+        self.lines = 0
+
+    def add(self, line: bytes) -> "_Damage":
+        self.size += len(line)
+        self.lines += 1
+        return self
+
+
+class _Reader:
+    """Reads file after file, and sees whether the events follow each other."""
+
+    def __init__(self, *, salvage: bool) -> None:
+        self._salvage = salvage
+        self._run: str | None = None
+        self._next: int | None = None  # the event that has to come
+        self._begun = False  # a segment, of which no event has come
+        self._torn: Torn | None = None
+
+    def read(self, file: BinaryIO, name: str, follow: Follow | None = None) -> Iterator[Item]:
+        damage: _Damage | None = None
+        place = Place(name, 0, 1)
+        try:
+            for line in _lines(file, follow):
+                try:
+                    item = _decoded(line, place)
+                except BadLineError as error:
+                    damage = (damage or _Damage(place, str(error))).add(line)
+                else:
+                    if damage is not None:
+                        yield self._skipped(damage)
+                        damage = None
+                    yield from self._seen(item, place)
+                place = Place(name, place.offset + len(line), place.line + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            damage = damage or _Damage(place, f"it can't be read on: {error}")
+            yield self._skipped(damage)
+            return
+        if damage is not None:
+            self._torn = Torn(place=damage.place, size=damage.size, reason=damage.reason)
+            yield self._torn
+
+    def _skipped(self, damage: _Damage) -> Skipped:
+        if not self._salvage:
+            raise CorruptLogError(damage.place, damage.reason)
+        self._next = None
+        return Skipped(
+            place=damage.place, size=damage.size, lines=damage.lines, reason=damage.reason
+        )
+
+    def _seen(self, item: Segment | Record | Gap, place: Place) -> Iterator[Item]:
+        if isinstance(item, Segment):
+            if item.run != self._run:
+                self._run, self._next, self._torn = item.run, None, None
+            self._begun = True
+            yield item
+            return
+        first, last = (item.seq, item.seq) if isinstance(item, Record) else (item.first, item.last)
+        if self._next is not None and first != self._next:
+            yield from self._missing(first, place)
+        self._next, self._begun, self._torn = last + 1, False, None
+        yield item
+
+    def _missing(self, first: int, place: Place) -> Iterator[Gap | Skipped]:
+        """Whole segments may be gone, and their absence is told; within one, or behind a torn end,
+        events that are missing were damaged.
+        """
+        assert self._next is not None
+        whole_segments = self._begun and self._torn is None and first > self._next
+        reason = f"event {self._next} has to come here, not {first}"
+        if not whole_segments and not self._salvage:
+            raise CorruptLogError(self._torn.place if self._torn else place, reason)
+        if not self._begun:
+            yield Skipped(place=place, size=0, lines=0, reason=reason)
+        elif first > self._next:
+            yield Gap(first=self._next, last=first - 1, recorded=False)
+
+
+def _decoded(line: bytes, place: Place) -> Segment | Record | Gap:
+    item = decode_line(line, place)
+    if place.line == 1 and not isinstance(item, Segment):
+        raise BadLineError("a log begins with a header, and this is none")
+    return item
+
+
+def _lines(file: BinaryIO, follow: Follow | None) -> Iterator[bytes]:
+    """Give line by line, each with its LF but for what is behind the last one."""
+    while True:
+        start = file.tell() if follow else 0
+        line = file.readline(LINE_LIMIT_BYTES)
+        if follow and not line.endswith(b"\n") and len(line) < LINE_LIMIT_BYTES and follow():
+            file.seek(start)
+            continue
+        if not line:
+            return
+        yield line

@@ -201,7 +201,7 @@ def _other_acts(
             acts.append((chance.randint(1, 20) * SECOND_US, ev.Unload(at=0, consumers=(name,))))
     if likely(chance, faults.operator // 2):
         acts.append((0, _operator(chance, names)))
-    if likely(chance, faults.reconfigured // 6):
+    if likely(chance, faults.reconfigured // 4):
         acts.append((0, ev.Reconfigured(at=0, config=draw_changed(chance, config))))
         acts.append((20 * SECOND_US, ev.Reconfigured(at=0, config=config)))
     if likely(chance, faults.broker_crashes // 10):
@@ -231,7 +231,7 @@ def _operator(chance: Chance, names: Sequence[str]) -> ev.Event:
 def draw_changed(chance: Chance, config: Config) -> Config:
     """Draw what an operator makes of a file: one is gone, or new, or has other limits."""
     consumers = dict(config.consumers)
-    what = chance.randint(0, 4)
+    what = pick(chance, (0, 0, 1, 2, 3, 4))
     if consumers and what == 0:
         del consumers[pick(chance, tuple(consumers))]
     elif consumers and what == 1:

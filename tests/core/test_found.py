@@ -210,7 +210,7 @@ def test_who_was_brought_up_for_nobody_gives_back_what_is_set_aside_for_it() -> 
 
 
 def test_an_unload_is_not_believed_where_another_load_has_taken_its_room() -> None:
-    """No reading is newer than the unload, so it is believed; but not that there is room for two."""
+    """No reading is newer than the unload, so it is believed. But there is no room for two."""
     core = Core(
         service("a", 11_000),
         service("b", 11_000),

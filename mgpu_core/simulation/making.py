@@ -38,8 +38,9 @@ WAYS: tuple[tuple[bool, bool, Driver], ...] = (
 # Of a server of several: with a stop all of them go.
 RACK_WAYS: tuple[tuple[bool, bool, Driver], ...] = (
     (True, True, "systemd"),
-    (True, True, "none"),
     (False, False, "process"),
+    (True, True, "none"),
+    (True, True, "systemd"),
     (False, True, "systemd"),
 )
 
@@ -109,13 +110,13 @@ class _Habits:
 
     @classmethod
     def drawn(cls, chance: Chance, names: Sequence[str], *, fair: bool) -> "_Habits":
-        rack = [name for name in names if likely(chance, 600)] if likely(chance, 350) else []
+        rack = [name for name in names if likely(chance, 700)] if likely(chance, 500) else []
         few = tuple(pick(chance, SIZES_MIB) for _ in range(2))
         friends = [name for name in names if not fair and likely(chance, 300)]
         sizes_mib = pick(chance, (SIZES_MIB, few, few[:1]))
         return cls(
             sizes_mib=sizes_mib,
-            rack_mib=pick(chance, ((4_000, 2_000), sizes_mib)),  # small ones are in together
+            rack_mib=pick(chance, ((4_000, 9_000), sizes_mib)),  # small ones are in together
             friends=tuple(friends[:2]),
             rack=tuple(rack[:3]),
             way=pick(chance, RACK_WAYS),
@@ -149,9 +150,9 @@ def _consumer(chance: Chance, name: str, cards: int, habits: _Habits, *, fair: b
         priority=pick(chance, (2, 2, 0, 4)),
         max_concurrency=pick(chance, (2, 10, 1) if racked else (1, 1, 2, 10)),
         max_pending=pick(chance, (64, 64, 3)),
-        pinned=not fair and likely(chance, 80),
+        pinned=not fair and likely(chance, 200 if racked else 80),
         preload=likely(chance, 200),
-        idle_unload_us=pick(chance, (None, None, None, 20 * SECOND_US)),
+        idle_unload_us=pick(chance, (None, 20 * SECOND_US, None if not racked else 5 * SECOND_US)),
     )
 
 

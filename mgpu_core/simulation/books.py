@@ -221,7 +221,7 @@ def _note_probe(books: Books, step: Step, event: ev.ProbeResult) -> None:
     books.probed[name] = taken
     if event.healthy and event.busy:
         books.busy[name] = taken
-    elif event.healthy and event.busy is False:
+    elif event.busy is False or event.failure == "refused":
         books.busy.pop(name, None)
 
 

@@ -97,6 +97,13 @@ def apply_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
 
+def event_log(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "log", metavar="LOG", help="a directory of segments, a segment, or - for standard input"
+    )
+    parser.add_argument("--salvage", action="store_true", help="pass over what is damaged in it")
+
+
 def fuzz_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
     parser.add_argument(

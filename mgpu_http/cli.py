@@ -24,6 +24,7 @@ from mgpu_http.bench import PARTS
 from mgpu_http.commands.output import DEFAULT_URL, CommandError, message
 
 DEFAULT_CONFIG = "config/consumers.yaml"
+POINT = "an event's number, a time (2026-03-01T02:10, 02:10:05), or 10m: so long before the end"
 
 Add: TypeAlias = Callable[[ArgumentParser], None]
 
@@ -102,6 +103,19 @@ def event_log(parser: ArgumentParser) -> None:
         "log", metavar="LOG", help="a directory of segments, a segment, or - for standard input"
     )
     parser.add_argument("--salvage", action="store_true", help="pass over what is damaged in it")
+
+
+def show_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--at", metavar="POINT", help=f"begin there: {POINT}")
+    parser.add_argument("--follow", action="store_true", help="go on as the log grows")
+    parser.add_argument("--request", metavar="ID", help="only what has to do with this request")
+    parser.add_argument("--consumer", metavar="NAME", help="only what has to do with this consumer")
+    parser.add_argument(
+        "--changes", action="store_true", help="no probes, readings and ticks that changed nothing"
+    )
+    parser.add_argument("--limit", metavar="N", type=positive, help="no more than N events")
+    parser.add_argument("--last", metavar="N", type=positive, help="the last N events")
+    parser.add_argument("--json", action="store_true", help="print JSON Lines, one for each event")
 
 
 def fuzz_arguments(parser: ArgumentParser) -> None:
@@ -280,6 +294,13 @@ COMMANDS = (
         example="mgpu key add laptop --admin",
         run="commands.local:key_add",
         add=(key_name, as_json),
+    ),
+    Command(
+        name="log show",
+        help="show what happened and what was decided, a line for each event",
+        example="mgpu log show /var/lib/mgpu --at 02:10 --consumer comfyui",
+        run="commands.log_show:show",
+        add=(event_log, show_arguments),
     ),
     Command(
         name="log apply",

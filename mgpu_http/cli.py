@@ -118,6 +118,15 @@ def show_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON Lines, one for each event")
 
 
+def state_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--at", metavar="POINT", help=f"the state there: {POINT} [the end]")
+
+
+def diff_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help=POINT)
+    parser.add_argument("b", metavar="B", help="the same")
+
+
 def fuzz_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
     parser.add_argument(
@@ -301,6 +310,20 @@ COMMANDS = (
         example="mgpu log show /var/lib/mgpu --at 02:10 --consumer comfyui",
         run="commands.log_show:show",
         add=(event_log, show_arguments),
+    ),
+    Command(
+        name="log state",
+        help="show what the scheduler believed at a point",
+        example="mgpu log state /var/lib/mgpu --at 4711",
+        run="commands.log_state:state",
+        add=(event_log, state_arguments, as_json),
+    ),
+    Command(
+        name="log diff",
+        help="show what changed between two points",
+        example="mgpu log diff /var/lib/mgpu 4711 4712",
+        run="commands.log_diff:diff",
+        add=(event_log, diff_arguments, as_json),
     ),
     Command(
         name="log apply",

@@ -88,6 +88,14 @@ class Step:
 
 
 @frozen
+class There:
+    """An event, and the state after it."""
+
+    record: Record
+    state: State
+
+
+@frozen
 class Source:
     """The log that a command was given. Everything it raises is a CommandError."""
 
@@ -153,6 +161,32 @@ class Source:
             else:
                 fold.put_off(item)
 
+    def there(self, point: Point | None = None) -> "There":
+        """Give the last event not beyond the point, and the state after it."""
+        if point is None and self.log != STANDARD_INPUT:
+            seq = self.last().seq
+            point = Point(text=str(seq), seq=seq)
+        fold, last = Fold(), None
+        for item in self.items(point):
+            if not isinstance(item, Record):
+                fold.begin(item)
+            elif point is not None and point.passed(item):
+                break
+            else:
+                last = item
+                fold.put_off(item)
+        if last is None or (point is not None and point.seq not in {None, last.seq}):
+            place = f"event {point.text}" if point and point.seq is not None else "such a time"
+            before = f"the event before that is {last.seq}" if last else "it begins after that"
+            raise CommandError(f"{self.log}: {place} is not in it, {before}", USAGE)
+        state = fold.state
+        if state is None:
+            raise CommandError(
+                f"{self.log}: what is before event {last.seq} is damaged, so its state is unknown",
+                USAGE,
+            )
+        return There(last, state)
+
     def point(self, text: str) -> Point:
         """Understand what a user says of a place: see HOW_POINTS."""
         if text.isdecimal():
@@ -213,6 +247,12 @@ class Fold:
         """Take an event."""
         self._catch_up()
         return self._step(record)
+
+    @property
+    def state(self) -> State | None:
+        """The state after the last event; None: it is unknown."""
+        self._catch_up()
+        return self._replay.state
 
     def _catch_up(self) -> None:
         if self._segment is not None:

@@ -95,7 +95,6 @@ def key_name(parser: ArgumentParser) -> None:
 
 def apply_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a configuration, or a core's as .json")
-    parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
 
 def event_log(parser: ArgumentParser) -> None:
@@ -125,6 +124,10 @@ def state_arguments(parser: ArgumentParser) -> None:
 def diff_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help=POINT)
     parser.add_argument("b", metavar="B", help="the same")
+
+
+def own_planner(parser: ArgumentParser) -> None:
+    parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
 
 def fuzz_arguments(parser: ArgumentParser) -> None:
@@ -305,6 +308,13 @@ COMMANDS = (
         add=(key_name, as_json),
     ),
     Command(
+        name="replay",
+        help="put a log through today's code, and stop where it decides otherwise",
+        example="mgpu replay /var/lib/mgpu",
+        run="commands.replay:replay",
+        add=(event_log, own_planner, as_json),
+    ),
+    Command(
         name="log show",
         help="show what happened and what was decided, a line for each event",
         example="mgpu log show /var/lib/mgpu --at 02:10 --consumer comfyui",
@@ -330,7 +340,7 @@ COMMANDS = (
         help="apply events from standard input, and print a log line for each",
         example='echo \'{"type": "Tick", "at": 0}\' | mgpu log apply config/consumers.yaml',
         run="commands.log:apply",
-        add=(apply_arguments,),
+        add=(apply_arguments, own_planner),
     ),
 )
 GROUPS = {"key": "keys for clients and operators", "log": "work with event logs"}

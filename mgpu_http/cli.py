@@ -126,6 +126,14 @@ def diff_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("b", metavar="B", help="the same")
 
 
+def export_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--from", metavar="POINT", dest="start", help=f"begin there: {POINT}")
+    parser.add_argument("--to", metavar="POINT", dest="end", help="end there")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--csv", action="store_true", help="a table of the requests instead")
+    shape.add_argument("--json", action="store_true", help="the timeline as JSON Lines")
+
+
 def own_planner(parser: ArgumentParser) -> None:
     parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
@@ -334,6 +342,13 @@ COMMANDS = (
         example="mgpu log diff /var/lib/mgpu 4711 4712",
         run="commands.log_diff:diff",
         add=(event_log, diff_arguments, as_json),
+    ),
+    Command(
+        name="log export",
+        help="give a timeline for Perfetto or Chrome's tracing, or a table of the requests",
+        example="mgpu log export /var/lib/mgpu --from 02:00 --to 02:30 > trace.json",
+        run="commands.log_export:export",
+        add=(event_log, export_arguments),
     ),
     Command(
         name="log apply",

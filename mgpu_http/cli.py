@@ -23,6 +23,7 @@ from attrs import frozen
 from mgpu_http.bench import PARTS
 from mgpu_http.commands.output import DEFAULT_URL, CommandError, message
 
+INTERRUPTED_EXIT = 130  # as a shell says it of Ctrl-C
 DEFAULT_CONFIG = "config/consumers.yaml"
 POINT = "an event's number, a time (2026-03-01T02:10, 02:10:05), or 10m: so long before the end"
 
@@ -398,6 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         message(f"mgpu: {error}")
         return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT
     except BrokenPipeError:
         # Whoever read our output has seen enough; Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -250,7 +250,7 @@ class Columns:
 
     @classmethod
     def fitting(cls, names: tuple[str, ...], width: int | None) -> "Columns":
-        event = min(40, 18 + max((len(name) for name in names), default=0))
+        event = min(44, 20 + max((len(name) for name in names), default=0))
         consumers = sum(_width(name) + len(GAP) for name in names)
         fixed = SEQ_CELLS + TIME_CELLS + event + FREE_CELLS + QUEUE_CELLS + 5 * len(GAP)
         left = None if width is None else width - fixed

@@ -63,11 +63,11 @@ def event_words(event: ev.Event) -> str:
         case ev.ServeDone():
             return f"done {event.request} {event.outcome}"
         case ev.UnloadDone():
-            return f"unloaded {event.consumer}" + _error(event.error)
+            return f"unloaded {event.consumer}" + (" FAILED" if event.error else "")
         case ev.SwapDone():
-            return f"loaded {event.consumer}" + _error(event.error)
+            return f"loaded {event.consumer}" + (" FAILED" if event.error else "")
         case ev.GpuSample():
-            return "sample" + _error(event.error)
+            return "sample" + (" FAILED" if event.error else "")
         case ev.ProbeResult():
             return f"probe {event.consumer} {_probed(event)}"
         case ev.Unload():
@@ -79,10 +79,6 @@ def event_words(event: ev.Event) -> str:
         case ev.Pin():
             return f"operator: {'pin' if event.pinned else 'unpin'} {event.consumer}"
     return type(event).__name__.lower()
-
-
-def _error(error: str | None) -> str:
-    return f" FAILED: {error}" if error else ""
 
 
 def _probed(event: ev.ProbeResult) -> str:
@@ -133,6 +129,8 @@ def _noted(notes: Iterable[Json]) -> Iterator[str]:
                 yield f"{of} waits: {reason_words(note)}"
             case "LoadFailed" | "UnloadFailed":
                 yield f"{of}: {'un' if note['type'][0] == 'U' else ''}load failed: {note['error']}"
+            case "SampleFailed":
+                yield f"the cards can't be read: {note['error']}"
             case "Ignored" | "NotLoaded" | "ColdStartGivenUp" if "because" in note:
                 yield f"{of}: {note['type'].lower()}, {note['because']}"
             case "Leaky":

@@ -55,7 +55,7 @@ class Timeline:
         record, state = step.record, step.state
         if not self._pids:
             yield from self._process("host", HOST)
-        self._at = record.at
+        self._at = max(self._at, record.at)  # a clock may be set back between two runs
         if state is not None:
             for name in [n for n in state.consumers if n not in self._pids]:
                 yield from self._process(name, HOST + len(self._pids))

@@ -66,8 +66,8 @@ class Shown:
         limit, last = arguments.limit, arguments.last
         if last is not None and arguments.at is not None:
             raise CommandError("--last counts from the end, --at says where to begin", USAGE)
-        if last is not None and arguments.log == STANDARD_INPUT and arguments.follow:
-            raise CommandError("standard input has no end to count from", USAGE)
+        if arguments.follow and arguments.log == STANDARD_INPUT:
+            raise CommandError("standard input is followed anyway, without --follow", USAGE)
         one_screen = sys.stdout.isatty() and not (arguments.follow or arguments.json)
         if one_screen and limit is None and last is None:
             rows = max(HEADLINES, shutil.get_terminal_size().lines - HEADLINES)
@@ -127,7 +127,7 @@ def chosen(source: Source, shown: Shown) -> Iterator[Step]:
     for step in islice(steps, shown.limit):
         none = False
         yield step
-    if none and shown.limit != 0:
+    if none:
         raise CommandError(f"{source.log}: there is no such event in it", USAGE)
 
 

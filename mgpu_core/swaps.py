@@ -9,6 +9,7 @@ from mgpu_core.memory import (
     alike,
     at_work,
     cooling_down,
+    fits_as_believed,
     gain_mib,
     good_card,
     is_busy,
@@ -208,7 +209,7 @@ def _settle(d: Draft, swap: Swap) -> bool:
         return False
     if swap.failed:
         return _plan_anew(d, swap, because="an unload failed")
-    if not cards and view_for(d, swap.target, max_evictions=0).missing_mib():
+    if not newer and not fits_as_believed(d, swap.target):
         return _plan_anew(d, swap, because="others are in its place now")
     if not newer:
         d.note("UnloadBelieved", consumer=swap.target, epoch=swap.epoch)

@@ -282,7 +282,9 @@ def draw_calm(
         return draw_setting(chance, faults, fair=False, acts=acts, config=config)
     plain = _plain(draw_config(chance, fair=True)) if config is None else config
     plain = own_reading(plain, fair=True)
-    calm = Faults(client_leaves=faults.client_leaves)
+    # Whose client leaves may load on, and nobody knows for how long.
+    lazy = any(one.lazy for one in plain.consumers.values())
+    calm = Faults(client_leaves=0 if lazy else faults.client_leaves)
     script = draw_script(chance, plain, calm, acts=acts)
     later = tuple((at + SECOND_US, act) for at, act in script)
     return Setting(config=plain, script=later, faults=calm, fair=True, calm=True)

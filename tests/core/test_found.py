@@ -207,3 +207,16 @@ def test_who_was_brought_up_for_nobody_gives_back_what_is_set_aside_for_it() -> 
     assert core.unloaded("a") == []
     assert core.sample(free=15_000) == ["load b"]
     assert core.state.consumers["a"].leaky_mib is None
+
+
+def test_an_unload_is_not_believed_where_another_load_has_taken_its_room() -> None:
+    """No reading is newer than the unload, so it is believed; but not that there is room for two."""
+    core = Core(
+        service("a", 11_000), service("b", 8_000), lazy("c", 8_000), gpus=CARD, absent=["b", "c"]
+    )
+    core.sample(free=4_000)
+    assert core.request("r1", "b") == ["unload a"]
+    assert core.request("r2", "c") == []
+    core.unloaded("a")
+    assert core.wait(20) == ["load b"]
+    assert core.request("r3", "c") == []

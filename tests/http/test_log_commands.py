@@ -499,6 +499,24 @@ def test_the_table_of_requests_is_what_became_of_each(mgpu: Mgpu, log: Path) -> 
     assert all(by_name[name]["waited_us"] == "" for name in queued)
 
 
+def test_the_table_of_a_part_tells_the_same_of_those_that_end_in_it(mgpu: Mgpu, log: Path) -> None:
+    every = mgpu("log", "export", log, "--csv").out.splitlines()
+    first = PER_SEGMENT + 30
+    part = mgpu("log", "export", log, "--csv", "--from", first).out.splitlines()
+    ended_before = {
+        line["event"].get("request")
+        for line in mgpu("log", "show", log, "--json").lines
+        if line["seq"] < first and line["event"]["type"] == "ServeDone"
+    } | {
+        effect["request"]
+        for line in mgpu("log", "show", log, "--json").lines
+        for effect in line["effects"]
+        if line["seq"] < first and effect["type"] == "Reject"
+    }
+    assert ended_before
+    assert part == [row for row in every if row.split(",")[0] not in ended_before]
+
+
 # ---------------------------------------------------------------------------------------- damage
 
 

@@ -313,7 +313,7 @@ def _no_set(d: Draft, name: str) -> Reason:
             numbers = {"gpu": gpu, "need_mib": need, "cushion_mib": wanted - need, "free_mib": free}
     under_way = _under_way(d, name)
     if beyond_all or not (beyond_cooldowns or under_way):
-        return Reason(why=Why.UNFIT, who=_holders(d, name), numbers=numbers)
+        return Reason(why=Why.UNFIT, who=_holders(d, name, numbers), numbers=numbers)
     if beyond_cooldowns:
         cooling = tuple(sorted(other for other in d.consumers if cooling_down(d, other)))
         return Reason(why=Why.COOLDOWN, who=cooling, numbers=numbers)
@@ -378,17 +378,17 @@ def _just_gone(d: Draft, gpu: int) -> list[str]:
     ]
 
 
-def _holders(d: Draft, target: str) -> tuple[str, ...]:
-    """Give who holds memory on the target's cards, others than ours included."""
-    needs = need_mib(d.consumer(target), d.consumers[target])
+def _holders(d: Draft, target: str, numbers: dict[str, int]) -> tuple[str, ...]:
+    """Give who holds memory on the card that is short, others than ours included."""
+    cards = {numbers["gpu"]} if numbers else set(d.consumer(target).vram_mib)
     ours = sorted(
         name
         for name in d.present()
         if name != target
         and d.consumers[name].residency is not Residency.ABSENT
-        and not needs.keys().isdisjoint(d.consumer(name).vram_mib.keys())
+        and not cards.isdisjoint(d.consumer(name).vram_mib)
     )
-    foreign = any(gpu in d.cards and d.cards[gpu].foreign_mib for gpu in needs)
+    foreign = any(gpu in d.cards and d.cards[gpu].foreign_mib for gpu in cards)
     return (*ours, "(other processes)") if foreign else tuple(ours)
 
 

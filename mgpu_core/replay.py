@@ -86,10 +86,15 @@ class Replay:
         transition = self.advance(record)
         if before is None or transition is None:
             return None
-        if not transition.effects and not record.effects:
-            return None
-        difference = Difference(record=record, before=before, transition=transition)
-        return difference if difference.got != difference.expected else None
+        return compared(record, before, transition)
+
+
+def compared(record: Record, before: State, transition: Transition) -> Difference | None:
+    """Compare what a step decides with what was recorded of it."""
+    if not transition.effects and not record.effects:
+        return None
+    difference = Difference(record=record, before=before, transition=transition)
+    return difference if difference.got != difference.expected else None
 
 
 def first_difference(

@@ -13,6 +13,7 @@ import contextlib
 import sys
 import zlib
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -41,6 +42,8 @@ from mgpu_effects.event_log.format import (
 Item: TypeAlias = Segment | Record | Gap | Torn | Skipped
 # Asked where the log ends for now: shall it be looked at again? It is the one that waits.
 Follow: TypeAlias = Callable[[], bool]
+# An event is among so many lines at the end of a log: behind it can be a header, or damage.
+_LAST_LINES = 100
 
 
 def read(
@@ -63,6 +66,32 @@ def read(
     else:
         with open_log(Path(log)) as file:
             yield from reader.read(file, str(log), follow)
+
+
+def last_record(log: Path) -> Record | None:
+    """Give the last event of a directory or segment; None where there is none.
+
+    Raises EventLogError.
+    """
+    for path in _backwards(log):
+        with contextlib.suppress(GoneError), open_log(path) as file:
+            for line in reversed(_last_lines(file)):
+                with contextlib.suppress(BadLineError):
+                    item = decode_line(line, Place(str(path), 0, 1))
+                    if isinstance(item, Record):
+                        return item
+    return None
+
+
+def _last_lines(file: BinaryIO) -> "deque[bytes]":
+    lines: deque[bytes] = deque(maxlen=_LAST_LINES)
+    with contextlib.suppress(OSError, EOFError, zlib.error):  # whoever reads on will say so
+        lines.extend(iter(lambda: file.readline(LINE_LIMIT_BYTES), b""))
+    return lines
+
+
+def _backwards(log: Path) -> Sequence[Path]:
+    return [file.path for file in reversed(segment_files(log))] if log.is_dir() else [log]
 
 
 def _read_directory(

@@ -202,12 +202,11 @@ def _may_hold_some(d: Draft, name: str) -> bool:
 
 
 def _keeps_some(d: Draft, name: str) -> bool:
-    """Its load or first request failed some time ago, and nobody has anything to do with it."""
+    """It came to that in this run, some time ago, and nobody has anything to do with it."""
     state = d.consumers[name]
     return (
-        state.uncertain == "load"
-        and _may_hold_some(d, name)
-        and d.at - state.moved >= d.config.settle_timeout_us
+        _may_hold_some(d, name)
+        and 0 <= state.moved <= d.at - d.config.settle_timeout_us
         and may_be_evicted(d, name)
         and not any(at_work(d, one) for one in (name, *stops_with(d, name)))
     )

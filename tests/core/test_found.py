@@ -227,3 +227,15 @@ def test_an_unload_is_not_believed_where_another_load_has_taken_its_room() -> No
     assert core.loaded("b") == ["serve r1"]
     core.sample(free=4_000)
     assert core.finish("r1") == ["unload b"]
+
+
+def test_who_refused_connections_for_a_moment_may_hold_its_memory_still() -> None:
+    """A lazy one counts as empty when it is back; where it was never gone, the card shows it."""
+    core = Core(lazy("a", 11_000), service("b", 8_000), gpus=CARD, absent=["b"])
+    core.sample(free=15_000)
+    core.use("r1", "a")
+    core.sample(free=4_000)
+    core.probe("a", failure="refused")
+    core.probe("a")
+    assert core.request("r2", "b") == []
+    assert [core.wait(5) + core.sample(free=4_000) for _ in range(2)] == [[], ["unload a"]]

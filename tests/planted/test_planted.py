@@ -11,6 +11,7 @@ import pytest
 from mgpu_core.simulation import campaign
 from tests.planted import switch
 from tests.planted.planting import (
+    ROOT,
     DoesNotApplyError,
     caught,
     changed,
@@ -21,6 +22,8 @@ from tests.planted.plants import PLANTS, Edit, Plant
 from tests.planted.run import noticed
 
 SEEDS = (1, 2, 3)
+# Not noticed yet with all three: with those seeds that have been, they must stay so.
+RARE: frozenset[str] = frozenset()
 # For a seed, should the core or the simulated host have changed since it was noticed.
 RUNS = 60
 
@@ -45,10 +48,19 @@ def test_a_plant_that_does_not_apply_says_so(text: str) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
 def test_plant_is_caught_with_each_seed(plant: Plant) -> None:
+    first = noticed().get(plant.name, {})
+    seeds = [seed for seed in SEEDS if seed in first or plant.name not in RARE]
     with planted(plant) as tree:
-        found = caught(tree, SEEDS, runs=RUNS, first=noticed().get(plant.name))
-    missed = [seed for seed, one in zip(SEEDS, found, strict=True) if one is None]
+        found = caught(tree, seeds, runs=RUNS, first=first)
+    missed = [seed for seed, one in zip(seeds, found, strict=True) if one is None]
     assert not missed, f"not noticed with {missed}; `make planted` looks longer, and keeps where"
+
+
+def test_the_rare_ones_are_as_told() -> None:
+    """Who says that a bug is hardly ever noticed has to say it in the docs as well."""
+    told = (ROOT / "docs" / "planted-bugs.md").read_text()
+    assert {plant.name for plant in PLANTS} >= RARE
+    assert [name for name in sorted(RARE) if f"`{name}`" not in told] == []
 
 
 @pytest.mark.timeout(300)

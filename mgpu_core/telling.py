@@ -73,7 +73,7 @@ def noted(note: Note) -> str:
     rest: dict[str, Any] = dict(note.details)
     match note.type:
         case "Waits":
-            who, overtaken = flat(rest.pop("who")), rest.pop("overtaken")
+            who, overtaken = at_it(rest.pop("who"), rest.pop("doing", ())), rest.pop("overtaken")
             words = f"for {note.consumer}: {rest.pop('why')} ({who})"
             words += f", overtaken {overtaken}" if overtaken else ""
             return line("  waits", str(note.request), ", ".join([words, *pairs(rest)]))
@@ -98,6 +98,11 @@ def noted(note: Note) -> str:
     both = f"{note.request} ({note.consumer})" if note.request and note.consumer else None
     name = both or note.request or note.consumer or ""
     return line(f"  {note.type}", name, ", ".join(pairs(rest)))
+
+
+def at_it(who: Sequence[str], doing: Sequence[str]) -> str:
+    """Name them, each with what it does, where that is known."""
+    return ", ".join(map(" ".join, zip(who, doing, strict=True))) if doing else flat(tuple(who))
 
 
 def pairs(details: Mapping[str, Any]) -> list[str]:

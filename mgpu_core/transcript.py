@@ -59,6 +59,8 @@ class _Writer:
         tick = isinstance(event, ev.Tick)
         wait_us = event.at - self._at - (0 if tick else STEP_US)
         wait = [f"wait {seconds(wait_us)}"] if wait_us > 0 else []
+        if wait and isinstance(event, ev.Reconfigured):
+            wait += [LINE, ""]  # a configuration begins a block
         return wait + ([] if tick else self._told(event))
 
     def _told(self, event: ev.Event) -> list[str]:

@@ -23,7 +23,9 @@ from attrs import frozen
 from mgpu_http.bench import PARTS
 from mgpu_http.commands.output import DEFAULT_URL, CommandError, message
 
+INTERRUPTED_EXIT = 130  # as a shell says it of Ctrl-C
 DEFAULT_CONFIG = "config/consumers.yaml"
+POINT = "an event's number, a time (2026-03-01T02:10, 02:10:05), or 10m: so long before the end"
 
 Add: TypeAlias = Callable[[ArgumentParser], None]
 
@@ -94,7 +96,6 @@ def key_name(parser: ArgumentParser) -> None:
 
 def apply_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a configuration, or a core's as .json")
-    parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
 
 def event_log(parser: ArgumentParser) -> None:
@@ -102,6 +103,40 @@ def event_log(parser: ArgumentParser) -> None:
         "log", metavar="LOG", help="a directory of segments, a segment, or - for standard input"
     )
     parser.add_argument("--salvage", action="store_true", help="pass over what is damaged in it")
+
+
+def show_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--at", metavar="POINT", help=f"begin there: {POINT}")
+    parser.add_argument("--follow", action="store_true", help="go on as the log grows")
+    parser.add_argument("--request", metavar="ID", help="only what has to do with this request")
+    parser.add_argument("--consumer", metavar="NAME", help="only what has to do with this consumer")
+    parser.add_argument(
+        "--changes", action="store_true", help="no probes, readings and ticks that changed nothing"
+    )
+    parser.add_argument("--limit", metavar="N", type=positive, help="no more than N events")
+    parser.add_argument("--last", metavar="N", type=positive, help="the last N events")
+    parser.add_argument("--json", action="store_true", help="print JSON Lines, one for each event")
+
+
+def state_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--at", metavar="POINT", help=f"the state there: {POINT} [the end]")
+
+
+def diff_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help=POINT)
+    parser.add_argument("b", metavar="B", help="the same")
+
+
+def export_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--from", metavar="POINT", dest="start", help=f"begin there: {POINT}")
+    parser.add_argument("--to", metavar="POINT", dest="end", help="end there")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--csv", action="store_true", help="a table of the requests instead")
+    shape.add_argument("--json", action="store_true", help="the timeline as JSON Lines")
+
+
+def own_planner(parser: ArgumentParser) -> None:
+    parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
 
 def fuzz_arguments(parser: ArgumentParser) -> None:
@@ -282,11 +317,46 @@ COMMANDS = (
         add=(key_name, as_json),
     ),
     Command(
+        name="replay",
+        help="put a log through today's code, and stop where it decides otherwise",
+        example="mgpu replay /var/lib/mgpu",
+        run="commands.replay:replay",
+        add=(event_log, own_planner, as_json),
+    ),
+    Command(
+        name="log show",
+        help="show what happened and what was decided, a line for each event",
+        example="mgpu log show /var/lib/mgpu --at 02:10 --consumer comfyui",
+        run="commands.log_show:show",
+        add=(event_log, show_arguments),
+    ),
+    Command(
+        name="log state",
+        help="show what the scheduler believed at a point",
+        example="mgpu log state /var/lib/mgpu --at 4711",
+        run="commands.log_state:state",
+        add=(event_log, state_arguments, as_json),
+    ),
+    Command(
+        name="log diff",
+        help="show what changed between two points",
+        example="mgpu log diff /var/lib/mgpu 4711 4712",
+        run="commands.log_diff:diff",
+        add=(event_log, diff_arguments, as_json),
+    ),
+    Command(
+        name="log export",
+        help="give a timeline for Perfetto or Chrome's tracing, or a table of the requests",
+        example="mgpu log export /var/lib/mgpu --from 02:00 --to 02:30 > trace.json",
+        run="commands.log_export:export",
+        add=(event_log, export_arguments),
+    ),
+    Command(
         name="log apply",
         help="apply events from standard input, and print a log line for each",
         example='echo \'{"type": "Tick", "at": 0}\' | mgpu log apply config/consumers.yaml',
         run="commands.log:apply",
-        add=(apply_arguments,),
+        add=(apply_arguments, own_planner),
     ),
 )
 GROUPS = {"key": "keys for clients and operators", "log": "work with event logs"}
@@ -329,6 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         message(f"mgpu: {error}")
         return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT
     except BrokenPipeError:
         # Whoever read our output has seen enough; Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,6 +34,10 @@ def largest_until_it_fits(pool: list[Holder], view: View) -> list[Holder] | None
             return None
         # Equal ones by name, so that the same view gives the same answer.
         chosen.append(max(rest, key=lambda holder: (help_mib(holder), holder.name)))
+    for holder in tuple(chosen):  # with several cards a later one may have made it needless
+        others = [other for other in chosen if other is not holder]
+        if not view.missing_mib(others):
+            chosen = others
     return chosen
 
 

@@ -259,6 +259,9 @@ def draw_setting(
     else:
         fair = fair and not unfair_because(config)
         config = own_reading(config, fair=fair)
+    if fair and any(one.vram_auto for one in config.consumers.values()):
+        # What a stranger takes during a load is measured as its own, and may never fit again.
+        faults = evolve(faults, foreign=0, sample_wrong=0)
     script = draw_script(chance, config, faults, acts=acts)
     replayed = pick(chance, (True, False, False))
     return Setting(config=config, script=script, faults=faults, fair=fair, replayed=replayed)

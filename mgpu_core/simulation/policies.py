@@ -43,7 +43,7 @@ class Policy:
 
 
 POLICIES: Mapping[str, Policy] = {
-    "arrival-order": Policy(
+    "fifo": Policy(
         title="strictly in order of arrival, loads beside work",
         settings={"overtake_bound": 0},
     ),
@@ -51,7 +51,7 @@ POLICIES: Mapping[str, Policy] = {
         title="one lock: in order of arrival, one thing at a time",
         settings={"overtake_bound": 0, "overlap_loads": False},
     ),
-    "fifo": Policy(
+    "llama-swap": Policy(
         title="llama-swap's: what is loaded first, without a bound",
         settings={"overtake_bound": None},
     ),

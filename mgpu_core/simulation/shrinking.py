@@ -232,17 +232,22 @@ def _calm(now: _Retelling) -> Iterator[ev.Event]:
                 resident=belief.residency is Residency.RESIDENT,
                 busy=False,
             )
+    read = False  # the cards, since anything has changed
     while True:
         at = max(at, now.state.at) + STEP_US
         orders, jobs = now.judge.books.orders, now.judge.books.jobs
         asked = any(isinstance(effect, fx.SampleGpu) for effect in now.log[-1][1].effects)
-        if asked and now.state.cards:
+        waiting = now.state.requests and not orders and not jobs
+        if now.state.cards and (asked or (waiting and not read)):
+            read = True
             yield _sample(now.state, at)
         elif orders:
+            read = False
             name, order = next(iter(orders.items()))
             done = ev.SwapDone if order.kind == "load" else ev.UnloadDone
             yield done(at=at, consumer=name, epoch=order.epoch)
         elif jobs:
+            read = False
             yield ev.ServeDone(at=at, request=next(iter(jobs)))
         elif now.state.requests and now.state.wake is not None:
             yield ev.Tick(at=max(at, now.state.wake))

@@ -585,8 +585,9 @@ class World:
         return [one for one in self.services.values() if one.consumer.server == server]
 
     def _loads(self, service: Service) -> bool:
-        lane = self.lanes.get(service.consumer.server)
-        return bool(lane) and any(command.kind is ev.SwapDone for command in lane or ())
+        lane = self.lanes.get(service.consumer.server, ())
+        name = service.consumer.name
+        return any(one.kind is ev.SwapDone and one.consumer == name for one in lane)
 
     # ---------------------------------------------------------------------------------- jobs
 

@@ -68,8 +68,8 @@ def read(
             yield from reader.read(file, str(log), follow)
 
 
-def last_at(log: Path) -> int | None:
-    """Tell when the last event of a directory or segment happened; None where there is none.
+def last_record(log: Path) -> Record | None:
+    """Give the last event of a directory or segment; None where there is none.
 
     Raises EventLogError.
     """
@@ -79,7 +79,7 @@ def last_at(log: Path) -> int | None:
                 with contextlib.suppress(BadLineError):
                     item = decode_line(line, Place(str(path), 0, 1))
                     if isinstance(item, Record):
-                        return item.at
+                        return item
     return None
 
 

@@ -5,7 +5,6 @@ import itertools
 import secrets
 import shlex
 import signal
-import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -43,10 +42,18 @@ from mgpu_core.transcript import configured, transcript
 from mgpu_effects.event_log import EventLog, EventLogError, default_dir
 from mgpu_effects.settings import EventLogSettings
 from mgpu_http.commands.log import load_config, load_planner
-from mgpu_http.commands.output import DONE, FAILED, USAGE, CommandError, document, message, result
+from mgpu_http.commands.output import (
+    DONE,
+    FAILED,
+    USAGE,
+    CommandError,
+    Progress,
+    document,
+    message,
+    result,
+)
 
 INTERRUPTED_EXIT = 130  # as a shell says it of Ctrl-C
-SHOW_EVERY_S = 2.0
 # A planner is asked within a step of the broker: one that computes longer than this is stuck.
 ANSWER_WITHIN_S = 1.0
 # Once it has been, nobody need wait as long again and again while its history is made small.
@@ -148,30 +155,6 @@ class Hunt:
             "not_reached": self.missed,
             "needless": self.reached[NEEDLESS],
         }
-
-
-@define
-class Progress:
-    """One line that is written anew on a terminal; else a line now and then."""
-
-    _last: float = field(factory=time.monotonic)
-    _width: int = 0
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def show(self, text: str) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r{text:<{self._width}}")
-            sys.stderr.flush()
-            self._width = len(text)
-        elif (now := time.monotonic()) - self._last >= SHOW_EVERY_S:
-            self._last = now
-            message(text)
-
-    def __exit__(self, *_: object) -> None:
-        if self._width:
-            message("")
 
 
 # ---------------------------------------------------------------------------- what was found

@@ -28,13 +28,15 @@ from mgpu_effects.event_log import (
     Segment,
     Skipped,
     Torn,
-    last_at,
+    last_record,
     read,
 )
 from mgpu_http.commands.output import USAGE, CommandError, message
 
 STANDARD_INPUT = "-"
 LOOK_AGAIN_S = 0.2
+# More than a segment of the broker's holds: those of other makers are folded in such pieces.
+PUT_OFF_AT_MOST = 10_000
 _UNITS_US = {"ms": 1_000, "s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6, "d": 86_400 * 10**6}
 _AGO = re.compile(r"-?(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _CLOCK = re.compile(r"\d\d?:\d\d(:\d\d(\.\d+)?)?")
@@ -42,6 +44,7 @@ HOW_POINTS = (
     "the number of an event, a time (2026-03-01T02:10, 02:10:05), or 10m for that before the end"
 )
 Tell: TypeAlias = Callable[[str], None]
+Wanted: TypeAlias = Callable[[Record], bool]
 
 
 @frozen(kw_only=True)
@@ -82,6 +85,14 @@ class Step:
     def state(self) -> State | None:
         """The state after it."""
         return self.transition.state if self.transition else None
+
+
+@frozen
+class There:
+    """An event, and the state after it."""
+
+    record: Record
+    state: State
 
 
 @frozen
@@ -134,25 +145,57 @@ class Source:
         self,
         point: Point | None = None,
         *,
+        wanted: Wanted | None = None,
         planner: Planner | None = None,
         follow: bool = False,
     ) -> Iterator[Step]:
-        """Fold it, event by event, from the start of the segment that `point` is in."""
-        replay = Replay(planner)
+        """Fold it, from the start of the segment that `point` is in, and give the events that are
+        `wanted`. What no such event comes after is read, but not folded.
+        """
+        fold = Fold(planner)
         for item in self.items(point, follow=follow):
-            if isinstance(item, Record):
-                yield folded(replay, item, self.log)
+            if not isinstance(item, Record):
+                fold.begin(item)
+            elif wanted is None or wanted(item):
+                yield fold.step(item)
             else:
-                begin(replay, item)
+                fold.put_off(item)
+
+    def there(self, point: Point | None = None) -> "There":
+        """Give the last event not beyond the point, and the state after it."""
+        if point is None and self.log != STANDARD_INPUT:
+            seq = self.last().seq
+            point = Point(text=str(seq), seq=seq)
+        fold, last = Fold(), None
+        for item in self.items(point):
+            if not isinstance(item, Record):
+                fold.begin(item)
+            elif point is not None and point.passed(item):
+                break
+            else:
+                last = item
+                fold.put_off(item)
+        if last is None or (point is not None and point.seq not in {None, last.seq}):
+            place = f"event {point.text}" if point and point.seq is not None else "such a time"
+            before = f"the event before that is {last.seq}" if last else "it begins after that"
+            raise CommandError(f"{self.log}: {place} is not in it, {before}", USAGE)
+        state = fold.state
+        if state is None:
+            raise CommandError(
+                f"{self.log}: what is before event {last.seq} is damaged, so its state is unknown",
+                USAGE,
+            )
+        return There(last, state)
 
     def point(self, text: str) -> Point:
         """Understand what a user says of a place: see HOW_POINTS."""
         if text.isdecimal():
             return Point(text=text, seq=int(text))
         if found := _AGO.fullmatch(text):
-            return Point(text=text, at=self._end() - int(float(found[1]) * _UNITS_US[found[2]]))
+            ago_us = int(float(found[1]) * _UNITS_US[found[2]])
+            return Point(text=text, at=self.last().at - ago_us)
         if _CLOCK.fullmatch(text):
-            return Point(text=text, at=_last_time(text, self._end()))
+            return Point(text=text, at=_last_time(text, self.last().at))
         try:
             return Point(text=text, at=_us(datetime.fromisoformat(text)))
         except ValueError as error:
@@ -160,7 +203,8 @@ class Source:
                 f"{text!r} is no place in a log: give {HOW_POINTS}", USAGE
             ) from error
 
-    def _end(self) -> int:
+    def last(self) -> Record:
+        """Give the last event, without reading what is before its segment."""
         if self.log == STANDARD_INPUT:
             raise CommandError(
                 "standard input has no end to count from: give the number of an event, or a date"
@@ -168,7 +212,7 @@ class Source:
                 USAGE,
             )
         try:
-            found = last_at(Path(self.log))
+            found = last_record(Path(self.log))
         except EventLogError as error:
             raise CommandError(str(error), USAGE) from error
         if found is None:
@@ -176,27 +220,60 @@ class Source:
         return found
 
 
-def begin(replay: Replay, item: Segment | Gap | Skipped) -> None:
-    """Have a replay know what stands between the events."""
-    if isinstance(item, Segment):
+class Fold:
+    """Computes the states of a log, as late as can be."""
+
+    def __init__(self, planner: Planner | None = None) -> None:
+        self._replay = Replay(planner)
+        self._segment: Segment | None = None
+        self._behind: list[Record] = []
+
+    def begin(self, item: Segment | Gap | Skipped) -> None:
+        """Take what stands between the events."""
+        if isinstance(item, Segment):
+            self._segment = item
+        elif isinstance(item, Skipped):
+            self._segment = None
+            self._replay.lose()
+        self._behind.clear()
+
+    def put_off(self, record: Record) -> None:
+        """Take an event whose state nobody wants to see yet."""
+        self._behind.append(record)
+        if len(self._behind) > PUT_OFF_AT_MOST:
+            self._catch_up()
+
+    def step(self, record: Record) -> Step:
+        """Take an event."""
+        self._catch_up()
+        return self._step(record)
+
+    @property
+    def state(self) -> State | None:
+        """The state after the last event; None: it is unknown."""
+        self._catch_up()
+        return self._replay.state
+
+    def _catch_up(self) -> None:
+        if self._segment is not None:
+            try:
+                self._replay.begin(self._segment.state)
+            except EventLogError as error:
+                raise CommandError(str(error), USAGE) from error
+            self._segment = None
+        for record in self._behind:
+            self._step(record)
+        self._behind.clear()
+
+    def _step(self, record: Record) -> Step:
+        before = self._replay.state
         try:
-            replay.begin(item.state)
-        except EventLogError as error:
-            raise CommandError(str(error), USAGE) from error
-    elif isinstance(item, Skipped):
-        replay.lose()
-
-
-def folded(replay: Replay, record: Record, log: str = "the log") -> Step:
-    """Take one event."""
-    before = replay.state
-    try:
-        transition = replay.advance(record)
-    except CodecError as error:
-        raise CommandError(f"{log}: event {record.seq}: {error}", USAGE) from error
-    if before is None or transition is None:
-        return Step(record, None, None, None)
-    return Step(record, before, transition, compared(record, before, transition))
+            transition = self._replay.advance(record)
+        except CodecError as error:
+            raise CommandError(f"event {record.seq} can't be read: {error}", USAGE) from error
+        if before is None or transition is None:
+            return Step(record, None, None, None)
+        return Step(record, before, transition, compared(record, before, transition))
 
 
 def odd(item: Item) -> str | None:

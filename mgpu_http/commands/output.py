@@ -2,10 +2,14 @@
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
+from attrs import define, field
+
 DONE, FAILED, USAGE = 0, 1, 2
+SHOW_EVERY_S = 2.0
 DEFAULT_URL = "http://127.0.0.1:8770"
 
 
@@ -47,3 +51,27 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _shown(value: object) -> str:
     return "-" if value is None else str(value)
+
+
+@define
+class Progress:
+    """One line that is written anew on a terminal; else a line now and then."""
+
+    _last: float = field(factory=time.monotonic)
+    _width: int = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def show(self, text: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{text:<{self._width}}")
+            sys.stderr.flush()
+            self._width = len(text)
+        elif (now := time.monotonic()) - self._last >= SHOW_EVERY_S:
+            self._last = now
+            message(text)
+
+    def __exit__(self, *_: object) -> None:
+        if self._width:
+            message("")

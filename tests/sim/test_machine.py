@@ -57,6 +57,7 @@ class Environment(RuleBasedStateMachine):
         self.pass_by(0.2)
 
     def happens(self, act: Act) -> None:
+        self.run_.calm = self.run_.calm and isinstance(act, Ask)
         self.run_.world.happen(act)
         self.pass_by(0)
 
@@ -86,6 +87,16 @@ class Environment(RuleBasedStateMachine):
                 deadline_us=deadline_us,
             )
         )
+
+    @rule(numbers=st.lists(NUMBER, min_size=2, max_size=8), work=SECONDS)
+    def many_clients_ask(self, numbers: list[int], work: float) -> None:
+        for number in numbers:
+            self.happens(Ask(consumer=self.name(number), work_us=us(work)))
+
+    @rule(number=NUMBER, seconds=SECONDS)
+    def a_client_asks_and_time_passes(self, number: int, seconds: float) -> None:
+        self.happens(Ask(consumer=self.name(number)))
+        self.pass_by(seconds)
 
     @precondition(lambda self: self.run_.world.clients)
     @rule(number=NUMBER)
@@ -146,6 +157,7 @@ class Environment(RuleBasedStateMachine):
     @precondition(lambda self: self.run_.world.services)
     @rule(number=NUMBER)
     def a_service_dies(self, number: int) -> None:
+        self.run_.calm = False
         names = list(self.run_.world.services)
         self.run_.world.die(names[number % len(names)])
         self.pass_by(0)
@@ -156,6 +168,7 @@ class Environment(RuleBasedStateMachine):
 
     @rule(fault=st.sampled_from(RATED), rate=st.sampled_from([0, *RATES]))
     def something_begins_to_fail(self, fault: str, rate: int) -> None:
+        self.run_.calm = False
         self.run_.world.faults = evolve(self.run_.world.faults, **{fault: rate})
 
     # ---------------------------------------------------------------------------------- judged

@@ -39,10 +39,10 @@ def seconds(measures: Measures) -> Mapping[str, float]:
     ("policy", "waits_s", "loads"),
     [
         # a from 10, b from 25 (loaded from 15), a from 40 (loaded from 30)
-        ("arrival-order", (10, 24, 38), 3),
+        ("fifo", (10, 24, 38), 3),
         ("serial-lru", (10, 24, 38), 3),
         # both a from 10, b from 30 (loaded from 20)
-        ("fifo", (10, 13, 29), 2),
+        ("llama-swap", (10, 13, 29), 2),
         ("default", (10, 13, 29), 2),
         ("default-gdsf", (10, 13, 29), 2),
         ("belady", (10, 13, 29), 2),
@@ -69,7 +69,7 @@ def test_a_bound_ends_what_overtaking_without_one_does_not() -> None:
     """While a is asked for faster than it works, nobody else has a turn, or only at the bound."""
     stream = [(11 + 4 * number, "a") for number in range(30)]
     work = workload([(0, "a"), (10, "b"), *stream], slots=1)
-    assert seconds(played("fifo", work))["max"] == pytest.approx(31 * 5 + 10, abs=ABOUT_S)
+    assert seconds(played("llama-swap", work))["max"] == pytest.approx(31 * 5 + 10, abs=ABOUT_S)
     # The first a and eight more work until 55; b is loaded then, and works from 65 to 70. The other
     # 22 work from 80 on, each 5 s after the one before, though they came 4 s after each other.
     last = played("default", work)

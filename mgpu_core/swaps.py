@@ -105,14 +105,11 @@ def victims_at_work(d: Draft, names: tuple[str, ...]) -> Reason:
 
 
 def _work_of(d: Draft, name: str) -> str:
+    """Say what of it has to end. Who is owed serves soon, perhaps within this step."""
     operation = d.consumers[name].operation
     if operation is not None:
         return f"{operation.kind}ing"
-    if name in d.serving:
-        return "serving"
-    if name in d.swaps:
-        return "loading"
-    return "owed" if name in d.owed else "busy"
+    return "loading" if name in d.swaps else "working"
 
 
 def _beside(d: Draft, target: str, victims: tuple[str, ...]) -> tuple[str, ...]:

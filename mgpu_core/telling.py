@@ -20,10 +20,10 @@ AWAITED = {
     "slot": "for the card, held by {who}",
     "leaving": "for {consumer} to go, as an operator wants",
     "unloading": "for {consumer} to be unloaded",
-    "collision": "for the swap of {who}, which wants that memory",
+    "collision": "for the swap of {who} into the same memory",
     "victim_busy": "for {who} to end work for somebody else",
-    "memory": "for memory that {who} takes or gives back",
-    "unfit": "for memory that {who} will not give back",
+    "memory": "for memory being taken or given back by {who}",
+    "unfit": "for memory that nothing here can free, held by {who}",
     "cooldown": "to tell {who} to go once more",
     "promoted_ahead": "for {who}, which was overtaken too often",
     "no_overlap": "for {who}: work and loads take turns",
@@ -37,9 +37,7 @@ DONE = {
     "unloading": "{who} to be unloaded",
     "settling": "the memory of {who} to be seen free",
     "loading": "{who} to load",
-    "serving": "{who} to finish",
-    "owed": "{who} to serve who waited for it",
-    "busy": "{who} to end work for somebody else",
+    "working": "{who} to finish",
 }
 NAMED = 3
 
@@ -212,6 +210,8 @@ def listed(names: Sequence[str]) -> str:
 
 def lasting(us: int) -> str:
     """Give a duration as people say it."""
+    if not us:
+        return "0 s"
     if us >= 100 * SECOND_US:
         return f"{us / SECOND_US:,.0f} s"
     if us >= SECOND_US:

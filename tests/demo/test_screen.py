@@ -22,7 +22,7 @@ from mgpu_http.demo.screen import (
 )
 
 WIDTHS = pytest.mark.parametrize("width", [80, 100])
-VICTIMS = {"reason": "victim_at_work", "who": ["mvoice", "whisper-server"], "free_mib": 3}
+VICTIMS = {"type": "victim_at_work", "who": ["mvoice", "whisper-server"], "free_mib": 3}
 SNAPSHOT = Snapshot(
     half=Half.WITH,
     elapsed_s=12.4,
@@ -35,7 +35,7 @@ SNAPSHOT = Snapshot(
         ServiceView(name="ollama", state="unknown", waiting=0),
         ServiceView(name="comfyui", state="unloading", held_mib=13_000, running=1, crashes=2),
     ],
-    queue=[Waiting(service="comfyui", waited_s=3.21, why=why_words(VICTIMS))] * 9,
+    queue=[Waiting(service="comfyui", waited_s=3.21, why=why_words(VICTIMS, "comfyui"))] * 9,
     happenings=[
         Happening(at=1.5, service="mvoice", what="load", mib=2_345),
         Happening(at=2.5, service="comfyui", what="out_of_memory", mib=12_500),
@@ -61,7 +61,7 @@ def test_it_fits_and_shows_everything(width: int, height: int) -> None:
     for shown in (
         *("with mgpu", "12 s, 18 s to go", "271 of 16,384 MiB are free", "2,345", "13,000"),
         *("mvoice", "whisper-server", "ollama", "comfyui", "resident", "absent", "unloading"),
-        *("3.2 s", why_words(VICTIMS), "comfyui x9", "loaded (2,345 MiB)", "OUT OF MEMORY"),
+        *("3.2 s", why_words(VICTIMS, "comfyui"), "comfyui x9", "loaded (2,345 MiB)", "OUT OF MEMORY"),
     ):
         assert shown in text, shown
     assert [line.split() for line in lines if line.startswith("with mgpu ")] == [

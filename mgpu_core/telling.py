@@ -23,7 +23,7 @@ AWAITED = {
     "collision": "for the swap of {who} into the same memory",
     "victim_busy": "for {who} to end work for somebody else",
     "memory": "for memory being taken or given back by {who}",
-    "unfit": "for memory that nothing here can free, held by {who}",
+    "unfit": "for memory that nothing here frees, held by {who}",
     "cooldown": "to tell {who} to go once more",
     "promoted_ahead": "for {who}, which was overtaken too often",
     "no_overlap": "for {who}: work and loads take turns",

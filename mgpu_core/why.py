@@ -132,7 +132,8 @@ def _shares(explanation: Explanation) -> str:
         words = awaited(one.reason, explanation.consumer)
         took[words] = took.get(words, 0) + one.us
         served.setdefault(words, []).extend(one.reason.get("behind", ()))
-    longest = sorted(took, key=lambda words: -took[words])[:MOST_SHARES]
+    named = MOST_SHARES if len(took) > MOST_SHARES + 1 else len(took)
+    longest = sorted(took, key=lambda words: -took[words])[:named]
     parts = [
         f"{lasting(us)} {words}{behind({'behind': list(dict.fromkeys(served[words]))})}"
         for words, us in took.items()

@@ -84,14 +84,12 @@ def last_record(log: Path) -> Record | None:
     return None
 
 
-def segment_with(directory: Path, text: bytes, before: int | None = None) -> int | None:
+def segment_with(directory: Path, text: bytes) -> int | None:
     """Give the first event of the last segment in which these bytes stand; nothing is decoded.
 
-    `before`: of those before the one that begins with this event. Raises EventLogError.
+    Raises EventLogError.
     """
     for file in reversed(segment_files(directory)):
-        if before is not None and file.seq >= before:
-            continue
         with contextlib.suppress(GoneError), file.open() as lines:
             if any(text in line for line in _whole_lines(lines)):
                 return file.seq

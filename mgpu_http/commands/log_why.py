@@ -13,7 +13,15 @@ from pathlib import Path
 
 from mgpu_core.replay import Record
 from mgpu_core.telling import lasting, missing
-from mgpu_core.why import Explanation, Interval, Waits, encode_explanation, summary, told
+from mgpu_core.why import (
+    UNRECORDED,
+    Explanation,
+    Interval,
+    Waits,
+    encode_explanation,
+    summary,
+    told,
+)
 from mgpu_effects.event_log import EventLogError, Gap, Segment, Skipped, found_in, segment_with
 from mgpu_http.commands.log_words import date_and_clock
 from mgpu_http.commands.logs import STANDARD_INPUT, Point, Source
@@ -46,20 +54,30 @@ def explain(source: Source, request: str) -> Explanation:
 
     Raises CommandError where there is none.
     """
-    waits = Waits(only=request, kept=1)
-    point, known = None, True
-    if source.log != STANDARD_INPUT and Path(source.log).is_dir():
-        seq = _segment_of(Path(source.log), request)
-        point, known = Point(text="", seq=seq), seq is not None
-    if known:
-        for item in source.items(point):
-            if isinstance(item, Segment) and waits.is_over(request) and point:
-                break  # it ended in the segment before: nobody asks again in those to come
-            _take(waits, item)
-    explanation = waits.explained(request)
-    if explanation is None:
+    found = None
+    if source.log == STANDARD_INPUT or not Path(source.log).is_dir():
+        found = _read(source, request, None)
+    elif (seq := _segment_of(Path(source.log), request)) is not None:
+        found = _read(source, request, Point(text="", seq=seq))
+        if (
+            found is not None
+            and found.intervals
+            and found.intervals[0].reason["type"] == UNRECORDED
+        ):
+            found = _read(source.silent(), request, Point(text="", at=found.begin)) or found
+    if found is None:
         raise CommandError(f"{source.log}: {_unknown(source, request)}", USAGE)
-    return explanation
+    return found
+
+
+def _read(source: Source, request: str, point: Point | None) -> Explanation | None:
+    """Fold a log; of a directory, from there to the end of the segment in which it ended."""
+    waits = Waits(only=request, kept=1)
+    for item in source.items(point):
+        if isinstance(item, Segment) and waits.is_over(request) and point:
+            break
+        _take(waits, item)
+    return waits.explained(request)
 
 
 def _take(waits: Waits, item: Segment | Record | Gap | Skipped) -> None:
@@ -75,24 +93,16 @@ def _take(waits: Waits, item: Segment | Record | Gap | Skipped) -> None:
 
 
 def _segment_of(directory: Path, request: str) -> int | None:
-    """Find the segment in which it was asked last, without decoding; of one whose beginning is no
-    longer there, and of loads without a client, the first that knows it.
+    """Find the segment in which it was asked last, without decoding; else, where that is gone or
+    was a load without a client, the last one that names it.
     """
     quoted = dumps(request)
     try:
         asked = segment_with(directory, (_ASKED % quoted).encode())
-        if asked is None:
-            asked = segment_with(directory, f'"request":{quoted}'.encode())
-            while asked is not None and (before := _known_before(directory, asked, quoted)):
-                asked = before
+        named = f'"request":{quoted}'.encode()
+        return segment_with(directory, named) if asked is None else asked
     except EventLogError as error:
         raise CommandError(str(error), USAGE) from error
-    return asked
-
-
-def _known_before(directory: Path, seq: int, quoted: str) -> int | None:
-    """Give the segment before this one, if it is in that as well."""
-    return segment_with(directory, f'"request":{quoted}'.encode(), before=seq)
 
 
 def _unknown(source: Source, request: str) -> str:

@@ -78,8 +78,9 @@ policies: $(INSTALLED) ## docs/schedule.svg and its tables: policies on drawn ar
 	done
 	$(BIN)/python docs/draw_schedule.py $(POLICIES)
 
-picture: $(INSTALLED) ## docs/demo.svg anew, from a demo
+picture: $(INSTALLED) ## docs/demo.svg anew, from a demo, and docs/timeline.svg, from a log
 	$(BIN)/python docs/draw_demo.py
+	$(BIN)/python docs/draw_timeline.py
 
 clean: ## what the other targets made
 	rm -rf $(VENV) .venv-real mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 
 from mgpu_core.codec import CodecError, decode_event
 from mgpu_core.replay import Record
@@ -164,7 +164,7 @@ def show_lines(steps: Iterator[Step], *, at_once: bool) -> None:
     terminal = sys.stdout.isatty()
     lines = Lines(
         coloured=terminal and not os.environ.get("NO_COLOR"),
-        width=shutil.get_terminal_size().columns if terminal else None,
+        width=shutil.get_terminal_size().columns if terminal or "COLUMNS" in os.environ else None,
     )
     differed = False
     for step in steps:
@@ -206,11 +206,11 @@ class Lines:
             f"{record.seq:>{SEQ_CELLS}}",
             clock(record.at),
             *([self._paint(f"{since:>9}", DIM)] if columns.since else []),
-            _event(record).ljust(columns.event),
-            *(self._cells(state) if columns.apart else [_together(state)]),
+            cut(_event(record), None if self.width is None else columns.event).ljust(columns.event),
+            *(self._cells(columns, state) if columns.most is not None else [_together(state)]),
             (free_words(state) if state else "?").rjust(FREE_CELLS),
             (str(len(state.queue) or "-") if state else "?").rjust(3),
-            self._paint(columns.cut(decided), _marked(decided)),
+            self._paint(cut(decided, columns.decided), _marked(decided)),
         ]
         yield GAP.join(cells).rstrip()
 
@@ -221,68 +221,88 @@ class Lines:
             self._heading = heading
             yield self._paint(f"-- {heading} --", BOLD)
 
-    def _cells(self, state: State | None) -> Iterator[str]:
-        for name in self._names:
+    def _cells(self, columns: "Columns", state: State | None) -> Iterator[str]:
+        for name in columns.names:
             word = residency_words(state, name) if state else "?"
-            yield self._paint(word.ljust(_width(name)), CELL_COLOURS.get(word.split(" ")[0], DIM))
+            colour = CELL_COLOURS.get(word.split(" ")[0], DIM)
+            yield self._paint(word.ljust(columns.cells(name)), colour)
 
     def _paint(self, text: str, colour: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self.coloured and colour and text else text
 
 
-SEQ_CELLS, TIME_CELLS, SINCE_CELLS, FREE_CELLS, QUEUE_CELLS, TOGETHER_CELLS = 8, 12, 9, 8, 3, 26
+SEQ_CELLS, TIME_CELLS, SINCE_CELLS, FREE_CELLS, QUEUE_CELLS, TOGETHER_CELLS = 8, 12, 9, 8, 3, 24
 DECIDED_CELLS = 24  # less is no use
+# From the widest to the narrowest: with the time since the line before; the most cells of a
+# consumer, None where all share one column, 0 where there is none; the most of an event.
+LAYOUTS = ((True, 40, 44), (False, 40, 44), (False, 7, 28), (False, None, 28), (False, 0, 28))
 
 
 @frozen(kw_only=True)
 class Columns:
-    """How the lines are laid out.
-
-    `since`: with the time since the line before. `apart`: with a column for each consumer; else
-    they share one. `decided`: the cells that are left for what was decided; None: as many as like.
-    """
+    """How the lines are laid out; `decided`: what is left for that, None: as much as it likes."""
 
     names: tuple[str, ...]
     since: bool
-    apart: bool
+    most: int | None
     event: int
-    decided: int | None
+    decided: int | None = None
 
     @classmethod
     def fitting(cls, names: tuple[str, ...], width: int | None) -> "Columns":
-        event = min(44, 20 + max((len(name) for name in names), default=0))
-        consumers = sum(_width(name) + len(GAP) for name in names)
-        fixed = SEQ_CELLS + TIME_CELLS + event + FREE_CELLS + QUEUE_CELLS + 5 * len(GAP)
-        left = None if width is None else width - fixed
-        apart = consumers <= MOST_CELLS and (left is None or consumers + DECIDED_CELLS <= left)
-        taken = consumers if apart else TOGETHER_CELLS + len(GAP)
-        since = left is None or taken + SINCE_CELLS + len(GAP) + DECIDED_CELLS <= left
-        taken += SINCE_CELLS + len(GAP) if since else 0
-        decided = None if left is None else max(DECIDED_CELLS, left - taken)
-        return cls(names=names, since=since, apart=apart, event=event, decided=decided)
+        """Choose the widest layout in which there is room for what was decided."""
+        longest = max((len(name) for name in names), default=0)
+        layouts = [
+            cls(
+                names=names if most != 0 else (),
+                since=since,
+                most=most,
+                event=min(event, 20 + longest),
+            )
+            for since, most, event in LAYOUTS
+        ]
+        layouts = [one for one in layouts if one.consumers <= MOST_CELLS] or layouts
+        if width is None:
+            return layouts[0]
+        fits = (one for one in layouts if width - one.taken >= DECIDED_CELLS)
+        chosen = next(fits, layouts[-1])
+        return evolve(chosen, decided=max(DECIDED_CELLS // 2, width - chosen.taken))
+
+    @property
+    def consumers(self) -> int:
+        if self.most is None:
+            return TOGETHER_CELLS + len(GAP)
+        return sum(self.cells(name) + len(GAP) for name in self.names)
+
+    @property
+    def taken(self) -> int:
+        """Give the cells of all columns but the last."""
+        since = SINCE_CELLS + len(GAP) if self.since else 0
+        fixed = SEQ_CELLS + TIME_CELLS + self.event + FREE_CELLS + QUEUE_CELLS + 5 * len(GAP)
+        return fixed + since + self.consumers
+
+    def cells(self, name: str) -> int:
+        return max(len("loading"), min(len(name), self.most or 0))
 
     @property
     def titles(self) -> str:
+        apart = [cut(name, self.cells(name)).ljust(self.cells(name)) for name in self.names]
         return GAP.join(
             [
                 "SEQ".rjust(SEQ_CELLS),
                 "TIME".ljust(TIME_CELLS),
                 *(["AFTER".rjust(SINCE_CELLS)] if self.since else []),
                 "EVENT".ljust(self.event),
-                *(
-                    [name.ljust(_width(name)) for name in self.names]
-                    if self.apart
-                    else ["IN MEMORY".ljust(TOGETHER_CELLS)]
-                ),
+                *(apart if self.most is not None else ["IN MEMORY".ljust(TOGETHER_CELLS)]),
                 "FREE MIB".rjust(FREE_CELLS),
                 "Q".rjust(QUEUE_CELLS),
                 "DECIDED",
             ]
         )
 
-    def cut(self, text: str) -> str:
-        too_long = self.decided is not None and len(text) > self.decided
-        return text[: self.decided - 1] + "…" if too_long and self.decided else text
+
+def cut(text: str, cells: int | None) -> str:
+    return text if cells is None or len(text) <= cells else text[: cells - 1] + "…"
 
 
 def _event(record: Record) -> str:
@@ -294,15 +314,9 @@ def _event(record: Record) -> str:
 
 def _together(state: State | None) -> str:
     words = {name: residency_words(state, name) for name in state.consumers} if state else {}
-    told = " ".join(
-        f"{name}:{word.replace(' ', '')}" for name, word in words.items() if word != "-"
-    )
-    return told.ljust(TOGETHER_CELLS)
+    told = (f"{name}:{word.replace(' ', '')}" for name, word in words.items() if word != "-")
+    return cut(" ".join(told), TOGETHER_CELLS).ljust(TOGETHER_CELLS)
 
 
 def _marked(text: str) -> str:
     return next((colour for mark, colour in MARKS if mark in text), PLAIN)
-
-
-def _width(name: str) -> int:
-    return max(len("loading"), len(name))

@@ -95,7 +95,7 @@ def decisions(effects: Sequence[Json], notes: Sequence[Json], most: int = 6) -> 
     """Say what was decided and what became of whom, the most important first."""
     reasons = {note.get("consumer"): note for note in notes if note["type"] == "Unloading"}
     words = [told for effect in effects if (told := effect_words(effect, reasons))]
-    words += _noted(notes)
+    words += [*_noted(notes), *_waiting(notes)]
     return words if len(words) <= most else [*words[: most - 1], f"{len(words) - most + 1} more"]
 
 
@@ -125,8 +125,6 @@ def _noted(notes: Iterable[Json]) -> Iterator[str]:
     for note in notes:
         of = note.get("request") or note.get("consumer") or note.get("what")
         match note["type"]:
-            case "Waits":
-                yield f"{of} waits: {reason_words(note)}"
             case "LoadFailed" | "UnloadFailed":
                 yield f"{of}: {'un' if note['type'][0] == 'U' else ''}load failed: {note['error']}"
             case "SampleFailed":
@@ -137,6 +135,16 @@ def _noted(notes: Iterable[Json]) -> Iterator[str]:
                 yield f"{of} leaks: gave {note['freed_mib']} of {note['expected_mib']} MiB"
             case "Promoted" | "Cancelled" | "Unreachable" | "Healthy" | "UnloadBelieved":
                 yield f"{of} {note['type'].lower()}"
+
+
+def _waiting(notes: Iterable[Json]) -> Iterator[str]:
+    """Tell who waits from now on for what, all that wait for the same in one."""
+    alike: dict[str, list[str]] = {}
+    for note in notes:
+        if note["type"] == "Waits":
+            alike.setdefault(reason_words(note), []).append(note["request"])
+    for reason, (first, *rest) in alike.items():
+        yield f"{first} {f'and {len(rest)} more wait' if rest else 'waits'}: {reason}"
 
 
 def reason_words(note: Json) -> str:

@@ -59,11 +59,9 @@ def explain(source: Source, request: str) -> Explanation:
         found = _read(source, request, None)
     elif (seq := _segment_of(Path(source.log), request)) is not None:
         found = _read(source, request, Point(text="", seq=seq))
-        if (
-            found is not None
-            and found.intervals
-            and found.intervals[0].reason["type"] == UNRECORDED
-        ):
+        if found is None:  # only its end is there
+            found = _read(source.silent(), request, None)
+        elif found.intervals and found.intervals[0].reason["type"] == UNRECORDED:
             found = _read(source.silent(), request, Point(text="", at=found.begin)) or found
     if found is None:
         raise CommandError(f"{source.log}: {_unknown(source, request)}", USAGE)

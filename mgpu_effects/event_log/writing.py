@@ -27,7 +27,7 @@ from mgpu_effects.settings import EventLogSettings
 
 # A segment ends when it is full (`rotate_mib`), old, or holds this many events: to fold them over
 # its header's state takes half a second, which is what a look at any point of a log costs.
-SEGMENT_EVENTS = 8192
+SEGMENT_EVENTS = 4096
 _SEGMENT_AGE_S = 86_400.0
 _RETRY_S = 1.0
 _log = logging.getLogger(__name__)

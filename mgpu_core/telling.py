@@ -26,7 +26,7 @@ AWAITED = {
     "unfit": "for memory that nothing here frees, held by {who}",
     "cooldown": "to tell {who} to go once more",
     "promoted_ahead": "for {who}, which was overtaken too often",
-    "no_overlap": "for {who}: work and loads take turns",
+    "no_overlap": "for {who} to finish: no loads beside work",
     "unrecorded": "for what nobody recorded",
     # What each of those named does was not noted in earlier days.
     "swap": "for {who} to make room",
@@ -188,8 +188,10 @@ def awaited(reason: Mapping[str, Any], consumer: str) -> str:
 
 
 def behind(reason: Mapping[str, Any]) -> str:
-    """Name those who were served meanwhile by who is in the way: " (r3, r5)"."""
+    """Name some who were served meanwhile by who is in the way: " (r3 and r5)"."""
     requests = reason.get("behind", ())
+    if len(requests) > NAMED:
+        return f" ({', '.join(requests[:NAMED])} and others)"
     return f" ({listed(requests)})" if requests else ""
 
 

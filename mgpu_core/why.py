@@ -12,7 +12,6 @@ ends were noted.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any, TypeAlias
 
 from attrs import Factory, define, evolve, frozen
@@ -235,7 +234,7 @@ class Waits:
 
     def requests(self) -> Iterable[str]:
         """Give all that are known, those who wait or are served last."""
-        return chain(self._ended, self._open)
+        return (*self._ended, *self._open)
 
     def is_over(self, request: str) -> bool:
         """Say whether it was known, and waits no more."""
@@ -371,7 +370,7 @@ class Waits:
         if record is not None:
             wait.since_seq = record.seq
         names = _at_work(reason, wait.consumer)
-        wait.served = tuple(sorted(chain(*(self._serving.get(name, ()) for name in names))))
+        wait.served = tuple(sorted(one for name in names for one in self._serving.get(name, ())))
 
     def _end(self, wait: _Wait, outcome: str, record: Record) -> None:
         self._close(wait, record.at, record)

@@ -46,9 +46,8 @@ fuzz: $(INSTALLED) ## the properties with fresh seeds, for SECONDS=60, or once m
 planted: $(READY) ## each planted bug of the core, and which property catches it, as a table
 	$(BIN)/python -m tests.planted.run
 
-mutants: $(MUTATION) ## small changes everywhere in the core, and which no test notices (hours)
-	$(BIN)/mutmut run
-	$(BIN)/mutmut results
+mutants: $(MUTATION) ## small changes everywhere in the core, and which no test notices (an hour)
+	$(BIN)/python -m tests.planted.mutants
 
 run: $(INSTALLED) ## the broker in front of the services of config/consumers.yaml
 	$(BIN)/mgpu serve --config config/consumers.yaml
@@ -83,4 +82,4 @@ picture: $(INSTALLED) ## docs/demo.svg anew, from a demo, and docs/timeline.svg,
 	$(BIN)/python docs/draw_timeline.py
 
 clean: ## what the other targets made
-	rm -rf $(VENV) .venv-real mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-real .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

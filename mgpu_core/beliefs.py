@@ -34,7 +34,6 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     name = event.consumer
     if state.unreachable:
         d.note("Healthy", consumer=name)
-        d.again = True
     d.update(name, last_probe=event.taken, healthy=True, probe_failures=0, probe_error=None)
     quiet = (
         state.operation is None
@@ -55,7 +54,6 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
         d.update(name, measured_mib=event.vram_mib)
     if event.busy is not None:
         d.update(name, busy_seen=event.taken if event.busy else None)
-        d.again = True
 
 
 def _see(d: Draft, name: str, *, resident: bool, source: Source) -> None:
@@ -91,7 +89,6 @@ def _failed(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     d.update(name, healthy=False)
     if not state.unreachable:
         d.note("Unreachable", consumer=name, error=event.error or event.failure)
-        d.again = True
     if refused:
         d.update(name, refused=True, cleared=False, busy_seen=None)
         d.move(name, Cause.REFUSED, Source.PROBE)
@@ -152,7 +149,6 @@ def on_sample(d: Draft, sample: GpuSample) -> None:
             d.give_up_promise(name)
             _see_cold_start(d, name, promise)
             _measure(d, name, promise)
-    d.again = True
 
 
 def _see_cold_start(d: Draft, name: str, promise: Promise) -> None:

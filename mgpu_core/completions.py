@@ -63,7 +63,6 @@ def loaded(d: Draft, name: str, error: str | None) -> None:
             Source.COMMAND,
             uncertain=state.uncertain or "load",
             load_cooldown=cooldown,
-            touched=d.at,
         )
         for request in d.waiting_for(name):
             d.reject(
@@ -88,7 +87,6 @@ def loaded(d: Draft, name: str, error: str | None) -> None:
         refused=False,
         healthy=True,
         probe_failures=0,
-        touched=d.at,
     )
     if not d.consumer(name).lazy or not d.joined(name):
         promise_taken(d, name)
@@ -132,7 +130,6 @@ def _one_unloaded(d: Draft, name: str, error: str | None) -> None:
             Source.COMMAND,
             unload_cooldown=None,
             leaving=False,
-            cleared=False,
             touched=d.at,
             # Where a driver stopped it, no process is left that could hold anything.
             leaky_mib=state.leaky_mib if by_route else None,

@@ -471,10 +471,12 @@ class Draft:
     def _count_overtake(self, name: str, *, higher: bool) -> None:
         counts = self.overtaken_high if higher else self.overtaken
         counts[name] += 1
-        bound = self.config.overtake_bound
-        if bound is not None and counts[name] == (2 * bound if higher else bound):
+        bound, request = self.config.overtake_bound, self.requests[name]
+        if bound is None or request.only_if_free:
+            return
+        if counts[name] == (2 * bound if higher else bound):
             self.again = True
-            self.note("Promoted", request=name, consumer=self.requests[name].consumer)
+            self.note("Promoted", request=name, consumer=request.consumer)
 
     # ------------------------------------------------------------------------ swaps, promises
 

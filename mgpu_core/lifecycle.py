@@ -113,7 +113,6 @@ def on_reconfigured(d: Draft, event: Reconfigured) -> None:
             states[name] = evolve(first_belief(consumer), idle_since=d.at)
             d.do(Probe(consumer=name))
     d.consumers = states
-    d.again = True
     d.note("Reconfigured", retired=kept)
 
 

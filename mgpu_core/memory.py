@@ -127,6 +127,15 @@ def _still_held_mib(d: Draft, target: str, gpu: int) -> int:
     return max(0, min(own, card.used_mib - others))
 
 
+def fits_as_believed(d: Draft, target: str) -> bool:
+    """Is there room by what everybody is believed to hold, whatever a card showed before?"""
+    needs = need_mib(d.consumer(target), d.consumers[target])
+    free_mib = {gpu: _static_free_mib(d, target, gpu) for gpu in needs}
+    return all(
+        free is None or free >= needs[gpu] + cushion_mib(d, gpu) for gpu, free in free_mib.items()
+    )
+
+
 def _static_free_mib(d: Draft, target: str, gpu: int) -> int | None:
     total = total_mib(d, gpu)
     if total is None:

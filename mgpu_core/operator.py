@@ -41,7 +41,6 @@ def on_unload(d: Draft, event: Unload) -> None:
         elif d.consumers[name].residency is not Residency.ABSENT or name in d.swaps:
             d.update(name, leaving=True)
             d.note("Leaving", consumer=name)
-    d.again = True
 
 
 def _no_unload(d: Draft, name: str, named: Sequence[str]) -> str | None:
@@ -64,8 +63,7 @@ def _force_out(d: Draft, name: str) -> None:
         return
     if name in d.swaps:
         swaps.abandon(d, d.swaps[name])
-    state = d.update(name, cleared=False)
-    if state.residency in {Residency.ABSENT, Residency.UNLOADING}:
+    if d.consumers[name].residency in {Residency.ABSENT, Residency.UNLOADING}:
         d.give_up_promise(name)
     else:
         d.start_unload(name, d.next_epoch(), because="an operator forces it")

@@ -67,9 +67,9 @@ def refusal(s: Believed, name: str, at: int) -> Refusal | None:
     if cooldown and at < cooldown.until and state.residency is not Residency.RESIDENT:
         why = f"{name} failed to load {cooldown.failures} times in a row"
         return Refusal("load_failed", why, retry_after_us=cooldown.until - at)
-    pending = s.waiting.get(name, 0) + s.serving.get(name, 0)
     operator_loads = 1 if operator_id(name) in s.requests else 0
-    if pending >= consumer.max_pending + operator_loads:
+    pending = s.waiting.get(name, 0) + s.serving.get(name, 0) - operator_loads
+    if pending >= consumer.max_pending:
         why = f"{name} has {pending} requests waiting or served, which is its limit"
         return Refusal("overloaded", why, retry_after_us=s.counters.last_run_us or 1_000_000)
     if state.residency is not Residency.RESIDENT and (never := can_never_fit(s, name)):

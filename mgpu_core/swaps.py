@@ -9,6 +9,7 @@ from mgpu_core.memory import (
     alike,
     at_work,
     cooling_down,
+    fits_as_believed,
     gain_mib,
     good_card,
     is_busy,
@@ -129,13 +130,12 @@ def _forbidden(d: Draft, name: str) -> bool:
     return not cooling_down(d, name) and not may_be_evicted(d, name)
 
 
-def start(d: Draft, target: str, victims: tuple[str, ...], *, restore: bool = False) -> None:
+def start(d: Draft, target: str, victims: tuple[str, ...], *, restore: bool) -> None:
     """Begin a swap (rule 6): set its memory aside and send the victims out."""
     epoch = d.next_epoch()
     swap = d.put_swap(
         Swap(target=target, epoch=epoch, since=d.at, victims=victims, restore=restore)
     )
-    d.update(target, touched=d.at)
     promise_for(d, target)
     needs = need_mib(d.consumer(target), d.consumers[target])
     d.note(
@@ -194,13 +194,7 @@ def _advance(d: Draft, swap: Swap) -> bool:
     if swap.phase is SwapPhase.SETTLING:
         return _settle(d, swap)
     if swap.evicted:
-        d.turn(
-            swap,
-            Turn.UNLOADED,
-            settle_until=d.at + d.config.settle_timeout_us,
-            unloaded=d.at,
-            sample_at=d.at,
-        )
+        d.turn(swap, Turn.UNLOADED, settle_until=d.at + d.config.settle_timeout_us)
         return True
     return _load(d, d.turn(swap, Turn.NOTHING_TO_UNLOAD))
 
@@ -257,7 +251,7 @@ def _settle(d: Draft, swap: Swap) -> bool:
         return False
     if swap.failed:
         return _plan_anew(d, swap, because="an unload failed")
-    if not cards and view_for(d, swap.target, max_evictions=0).missing_mib():
+    if not newer and not fits_as_believed(d, swap.target):
         return _plan_anew(d, swap, because="others are in its place now")
     if not newer:
         d.note("UnloadBelieved", consumer=swap.target, epoch=swap.epoch)
@@ -358,12 +352,12 @@ def end(d: Draft, swap: Swap, *, because: str) -> None:
 
 
 def abandon(d: Draft, swap: Swap) -> None:
-    """Forget a swap that force has overtaken; its unloads go on to their end."""
+    """Forget a swap that force has overtaken; its unloads go on to their end, and what was set
+    aside for its target ends with that.
+    """
     d.note("SwapEnded", consumer=swap.target, epoch=swap.epoch, because="unloaded by force")
     assert not d.joined(swap.target)
     forget(d, swap)
-    if d.consumers[swap.target].residency is not Residency.LOADING:
-        d.give_up_promise(swap.target)  # else its unload, which follows, ends it
 
 
 def forget(d: Draft, swap: Swap) -> None:

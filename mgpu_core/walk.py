@@ -167,7 +167,7 @@ def _bring_in(
         if missing.why is not Why.UNFIT or d.config.when_unfit == "wait":
             return missing
         if d.config.when_unfit == "reject":
-            d.reject(request.request, "insufficient_vram", unfit_message(d, name, missing))
+            d.reject(request.request, "insufficient_vram", unfit_message(name, missing))
             return None
         d.note("Admitted", consumer=name, because="when_unfit", numbers=missing.numbers)
         victims = ()
@@ -179,7 +179,6 @@ def _bring_in(
     swaps.start(d, name, victims, restore=request.operator in {"preload", "restore"})
     d.join(request.request)
     d.why(request.request, swaps.stage(d, d.swaps[name]))
-    d.again = d.again or not victims
     swaps.advance_all(d)
     return None
 
@@ -324,7 +323,7 @@ def _no_set(d: Draft, name: str) -> Reason:
             numbers = {"gpu": gpu, "need_mib": need, "cushion_mib": wanted - need, "free_mib": free}
     under_way = _under_way(d, name)
     if beyond_all or not (beyond_cooldowns or under_way):
-        return Reason(why=Why.UNFIT, who=_holders(d, name), numbers=numbers)
+        return Reason(why=Why.UNFIT, who=_holders(d, name, numbers), numbers=numbers)
     if beyond_cooldowns:
         cooling = tuple(sorted(other for other in d.consumers if cooling_down(d, other)))
         return Reason(why=Why.COOLDOWN, who=cooling, numbers=numbers)
@@ -389,21 +388,21 @@ def _just_gone(d: Draft, gpu: int) -> list[str]:
     ]
 
 
-def _holders(d: Draft, target: str) -> tuple[str, ...]:
-    """Give who holds memory on the target's cards, others than ours included."""
-    needs = need_mib(d.consumer(target), d.consumers[target])
+def _holders(d: Draft, target: str, numbers: dict[str, int]) -> tuple[str, ...]:
+    """Give who holds memory on the card that is short, others than ours included."""
+    cards = {numbers["gpu"]} if numbers else set(d.consumer(target).vram_mib)
     ours = sorted(
         name
         for name in d.present()
         if name != target
         and d.consumers[name].residency is not Residency.ABSENT
-        and not needs.keys().isdisjoint(d.consumer(name).vram_mib.keys())
+        and not cards.isdisjoint(d.consumer(name).vram_mib)
     )
-    foreign = any(gpu in d.cards and d.cards[gpu].foreign_mib for gpu in needs)
+    foreign = any(gpu in d.cards and d.cards[gpu].foreign_mib for gpu in cards)
     return (*ours, "(other processes)") if foreign else tuple(ours)
 
 
-def unfit_message(d: Draft, name: str, reason: Reason) -> str:
+def unfit_message(name: str, reason: Reason) -> str:
     """Tell a client what is missing and who holds it."""
     held = ", ".join(reason.who) or "nobody known"
     numbers = reason.numbers
@@ -445,8 +444,6 @@ def _takes_from(d: Draft, consumer: Consumer, fence: Fence) -> bool:
     promoted = d.consumer(fence.consumer)
     if promoted.vram_mib.keys().isdisjoint(consumer.vram_mib.keys()):
         return False
-    if consumer.name == promoted.name:
-        return True
     if fence.needs_slot and consumer.gpu_slot:
         return True
     if not fence.needs_memory:
@@ -465,9 +462,7 @@ def serve_arrived(d: Draft) -> None:
     """Serve who waited in a swap that is over, before the walk and past promoted requests."""
     arrived, d.arrived = d.arrived, []
     for name in arrived:
-        consumer = d.consumer(d.requests[name].consumer)
-        free = may_serve(d, consumer.name) and not d.consumers[consumer.name].leaving
-        if free and not _wanted_elsewhere(d, consumer.name) and not no_room(d, consumer):
+        if not no_room(d, d.consumer(d.requests[name].consumer)):
             grant(d, name)
 
 
@@ -479,14 +474,13 @@ def expire(d: Draft) -> None:
         if request.phase is not Phase.SERVING and d.at >= request.deadline
     ]
     for name in late:
-        request, reason = d.requests[name], d.reasons.get(name)
+        request, reason = d.requests[name], d.reasons[name]
         waited_s = (d.at - request.at) // 1_000_000
-        who = ", ".join(reason.who) if reason and reason.who else request.consumer
-        what = reason.why.value if reason else "its turn"
+        who = ", ".join(reason.who) or request.consumer
         d.reject(
             name,
             "queue_timeout",
-            f"waited {waited_s} s for {request.consumer}: {what} ({who})",
+            f"waited {waited_s} s for {request.consumer}: {reason.why.value} ({who})",
         )
 
 

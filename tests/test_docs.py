@@ -1,6 +1,7 @@
 """What README.md and docs/ say can be done can be done: configurations, links, commands."""
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from ruamel.yaml import YAML
 
 from mgpu_effects.config_file import ConfigErrors, load_settings
 from mgpu_effects.settings import Settings
-from mgpu_http.cli import COMMANDS
+from mgpu_http.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -145,3 +146,28 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     wrong = wrong_configurations(text, tmp_path / "consumers.yaml")
     assert len(wrong) == 1
     assert "speed" in wrong[0]
+
+
+# ------------------------------------------------------------------------- what commands print
+
+SHOWN = re.compile(
+    r"^```console\n\$ mgpu ((?:log|replay)[^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL
+)
+RATE = re.compile(r"\d+ a second")
+
+
+@pytest.mark.parametrize(
+    ("command", "printed"), SHOWN.findall((ROOT / "docs" / "debugging.md").read_text())
+)
+def test_commands_print_what_is_shown(
+    command: str,
+    printed: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setenv("COLUMNS", "140")
+    time.tzset()
+    assert main(command.split()) == 0
+    assert RATE.sub("N a second", capsys.readouterr().out) == RATE.sub("N a second", printed)

@@ -103,6 +103,7 @@ class _Habits:
     sizes_mib: tuple[int, ...]
     friends: tuple[str, ...]
     rack: tuple[str, ...]
+    rack_mib: tuple[int, ...]
     way: tuple[bool, bool, Driver]
     server_concurrency: int | None
 
@@ -111,12 +112,14 @@ class _Habits:
         rack = [name for name in names if likely(chance, 600)] if likely(chance, 350) else []
         few = tuple(pick(chance, SIZES_MIB) for _ in range(2))
         friends = [name for name in names if not fair and likely(chance, 300)]
+        sizes_mib = pick(chance, (SIZES_MIB, few, few[:1]))
         return cls(
-            sizes_mib=pick(chance, (SIZES_MIB, few, few[:1])),
+            sizes_mib=sizes_mib,
+            rack_mib=pick(chance, ((4_000, 2_000), sizes_mib)),  # small ones are in together
             friends=tuple(friends[:2]),
             rack=tuple(rack[:3]),
             way=pick(chance, RACK_WAYS),
-            server_concurrency=pick(chance, (None, 2, 1)),
+            server_concurrency=pick(chance, (None, 2, 2, 1)),
         )
 
 
@@ -127,7 +130,7 @@ def _consumer(chance: Chance, name: str, cards: int, habits: _Habits, *, fair: b
     used = [g for g in range(cards) if likely(chance, 400)] or [chance.randint(0, cards - 1)]
     if likely(chance, 60):
         used = []  # on the processor
-    size = pick(chance, habits.sizes_mib)
+    size = pick(chance, habits.rack_mib if racked else habits.sizes_mib)
     friendly = habits.friends and likely(chance, 400)
     return Consumer(
         name=name,
@@ -201,7 +204,7 @@ def _other_acts(
             acts.append((chance.randint(1, 20) * SECOND_US, ev.Unload(at=0, consumers=(name,))))
     if likely(chance, faults.operator // 2):
         acts.append((0, _operator(chance, names)))
-    if likely(chance, faults.reconfigured // 6):
+    if likely(chance, faults.reconfigured // 4):
         acts.append((0, ev.Reconfigured(at=0, config=draw_changed(chance, config))))
         acts.append((20 * SECOND_US, ev.Reconfigured(at=0, config=config)))
     if likely(chance, faults.broker_crashes // 10):
@@ -231,7 +234,7 @@ def _operator(chance: Chance, names: Sequence[str]) -> ev.Event:
 def draw_changed(chance: Chance, config: Config) -> Config:
     """Draw what an operator makes of a file: one is gone, or new, or has other limits."""
     consumers = dict(config.consumers)
-    what = chance.randint(0, 4)
+    what = pick(chance, (0, 0, 1, 2, 3, 4))
     if consumers and what == 0:
         del consumers[pick(chance, tuple(consumers))]
     elif consumers and what == 1:
@@ -279,7 +282,9 @@ def draw_calm(
         return draw_setting(chance, faults, fair=False, acts=acts, config=config)
     plain = _plain(draw_config(chance, fair=True)) if config is None else config
     plain = own_reading(plain, fair=True)
-    calm = Faults(client_leaves=faults.client_leaves)
+    # Whose client leaves may load on, and nobody knows for how long.
+    lazy = any(one.lazy for one in plain.consumers.values())
+    calm = Faults(client_leaves=0 if lazy else faults.client_leaves)
     script = draw_script(chance, plain, calm, acts=acts)
     later = tuple((at + SECOND_US, act) for at, act in script)
     return Setting(config=plain, script=later, faults=calm, fair=True, calm=True)

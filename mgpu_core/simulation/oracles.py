@@ -168,7 +168,9 @@ def _takes(step: Step, request: str, waiting: Ticket) -> bool:
         return True
     first = next((one.request for one in step.served if one.consumer == consumer.name), request)
     seen = any(note.details.get("new") == "resident" for note in _moves(step, consumer.name))
-    was_in = _is_in(step.before, consumer.name) or first != request or seen
+    order = step.books.orders.get(consumer.name)
+    loaded = order is not None and order.kind == "load"  # what it needs is taken by now
+    was_in = _is_in(step.before, consumer.name) or first != request or seen or loaded
     return _takes_memory(step, consumer, mine, was_in=was_in)
 
 

@@ -119,14 +119,14 @@ def _going(named: Iterable[Holder], view: View) -> list[Holder]:
 
 
 def _needless(view: View, answer: Answer) -> list[str]:
-    """Give who need not go: it would fit as well without."""
+    """Give who need not go, as the view itself counts: it would fit as well without."""
     named = [view.holders[name] for name in answer or () if name in view.holders]
-    if view.resident or view.missing_mib(_going(named, view)):
+    if view.resident or view.missing_mib(named):
         return []
     return [
         one.name
         for one in named
-        if not view.missing_mib(_going((other for other in named if other is not one), view))
+        if not view.missing_mib(other for other in named if other is not one)
     ]
 
 

@@ -451,7 +451,11 @@ class World:
         first = lane[0]
         if first is command:
             self._begin(command)
-        elif command.kind is ev.UnloadDone and first.kind is ev.SwapDone:
+        elif (
+            command.kind is ev.UnloadDone
+            and first.kind is ev.SwapDone
+            and (command.consumer == first.consumer or command.how == "driver")
+        ):
             first.error = "aborted"
             self._in(MS_US, self._finish, first)
 

@@ -3,8 +3,8 @@
 `core` steps the scheduler without a runtime; `log` writes an event log and replays it; `proxying`
 sends requests through real processes: the service itself (`upstream`), a bare Hypercorn application
 and a plain proxy that schedules nothing (`baselines`), and the broker. `load` is the client,
-`servers` starts the processes.
-`schedule` lets policies work off the same arrivals on a simulated host, drawn or read (`traces`).
+`servers` starts the processes. `world` tells how fast the simulated host is, and `schedule` lets
+policies work off the same arrivals in it, drawn or read (`traces`).
 
 Machines are noisy: compare within one run, where everything takes turns.
 """
@@ -14,6 +14,7 @@ PARTS = {
     "steps": "A step of the scheduler: a request and its end, 8 consumers",
     "walk": "A pass over everybody that waits",
     "log": "The event log: what writing it costs the event loop, and how fast it is replayed",
+    "world": "The simulated host: how many events it takes in a second",
     "requests": "A request and its answer",
     "streams": "An answer in 1,000 chunks",
     "bodies": "Memory while 1 GiB passes",

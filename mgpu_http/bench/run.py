@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mgpu_http.bench import PARTS, core, log, proxying, schedule
+from mgpu_http.bench import PARTS, core, log, proxying, schedule, world
 from mgpu_http.bench.load import LoadError
 from mgpu_http.bench.servers import Target, servers
 from mgpu_http.commands.output import DONE, CommandError, document, message, result
@@ -115,6 +115,18 @@ def event_log(arguments: Namespace) -> list[Row]:
     ]
 
 
+def host(arguments: Namespace) -> list[Row]:
+    speeds = [world.measure() for _ in range(arguments.rounds)]
+    return [
+        {
+            "host alone, events/s": round(max(speed.host for speed in speeds)),
+            "goal": world.GOAL_PER_S,
+            "with the scheduler": round(max(speed.scheduled for speed in speeds)),
+            "judged": round(max(speed.judged for speed in speeds)),
+        }
+    ]
+
+
 def requests(arguments: Namespace) -> list[Row]:
     return asyncio.run(_answers("/answer", arguments.rounds, requests=900))
 
@@ -170,6 +182,7 @@ MEASURES: Mapping[str, Callable[[Namespace], Any]] = {
     "steps": steps,
     "walk": walk,
     "log": event_log,
+    "world": host,
     "requests": requests,
     "streams": streams,
     "bodies": bodies,

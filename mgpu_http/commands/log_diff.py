@@ -91,10 +91,10 @@ def _place(there: There) -> dict[str, int]:
 
 def headline(before: There, after: There) -> str:
     a, b = before.record, after.record
-    passed = duration(b.at - a.at)
+    events = f"{b.seq - a.seq} event{'' if b.seq - a.seq == 1 else 's'}"
     return (
         f"from event {a.seq} ({date_and_clock(a.at)}) to event {b.seq} ({clock(b.at)}):"
-        f" {b.seq - a.seq} events, {passed}"
+        f" {events}, {duration(b.at - a.at)}"
     )
 
 

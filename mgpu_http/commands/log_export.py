@@ -75,8 +75,9 @@ def requests(source: Source, start: Point | None, end: Point | None) -> Iterator
         elif isinstance(item, Record):
             if end is not None and end.passed(item):
                 break
-            ended = book.take(item)
-            yield from ended if start is None or start.reached(item) else ()
+            ended = list(book.take(item))
+            if start is None or start.reached(item):
+                yield from ended
     yield from book.rest()
 
 
@@ -88,7 +89,7 @@ class Book:
     _arrived: dict[str, int] = field(factory=dict)
     _served: dict[str, int] = field(factory=dict)
     _priorities: dict[str, int] = field(factory=dict)
-    _run: str | None = None
+    _begun: bool = False
 
     def begin(self, segment: Segment) -> None:
         """Take over who is on the way at the start of what is read."""
@@ -97,13 +98,13 @@ class Book:
         except EventLogError as error:
             raise CommandError(str(error), USAGE) from error
         self._priorities = {name: c.priority for name, c in state.config.consumers.items()}
-        if self._run is None:
+        if not self._begun:
             for name, known in state.requests.items():
                 if known.operator is None:
                     self._enter(name, known.consumer, known.kind, known.priority, known.at)
                     if known.granted is not None:
                         self._served[name] = known.granted
-        self._run = segment.run
+        self._begun = True
 
     def take(self, record: Record) -> Iterator[dict[str, Any]]:
         event, kind = record.event, record.event["type"]

@@ -226,12 +226,13 @@ class Fold:
     def __init__(self, planner: Planner | None = None) -> None:
         self._replay = Replay(planner)
         self._segment: Segment | None = None
+        self._written_by = ""
         self._behind: list[Record] = []
 
     def begin(self, item: Segment | Gap | Skipped) -> None:
         """Take what stands between the events."""
         if isinstance(item, Segment):
-            self._segment = item
+            self._segment, self._written_by = item, item.mgpu
         elif isinstance(item, Skipped):
             self._segment = None
             self._replay.lose()
@@ -270,7 +271,11 @@ class Fold:
         try:
             transition = self._replay.advance(record)
         except CodecError as error:
-            raise CommandError(f"event {record.seq} can't be read: {error}", USAGE) from error
+            raise CommandError(
+                f"event {record.seq} can't be read: {error}; mgpu {self._written_by} wrote it, read"
+                " it with that version",
+                USAGE,
+            ) from error
         if before is None or transition is None:
             return Step(record, None, None, None)
         return Step(record, before, transition, compared(record, before, transition))

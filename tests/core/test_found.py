@@ -1,6 +1,6 @@
 """Defects that tests over HTTP found in the core, each on the shortest history that showed it."""
 
-from mgpu_core.config import Gpu
+from mgpu_core.config import SECOND_US, Gpu
 from tests.core.driver import Core, lazy, service
 
 CARD = (Gpu(total_mib=15_000),)
@@ -207,3 +207,23 @@ def test_who_was_brought_up_for_nobody_gives_back_what_is_set_aside_for_it() -> 
     assert core.unloaded("a") == []
     assert core.sample(free=15_000) == ["load b"]
     assert core.state.consumers["a"].leaky_mib is None
+
+
+def test_an_unload_is_not_believed_where_another_load_has_taken_its_room() -> None:
+    """No reading is newer than the unload, so it is believed. But there is no room for two."""
+    core = Core(
+        service("a", 11_000),
+        service("b", 11_000),
+        lazy("c", 8_000),
+        gpus=CARD,
+        absent=["b", "c"],
+        poll_interval_us=10 * SECOND_US,
+    )
+    core.sample(free=14_000)  # it does not show yet what a holds
+    assert core.request("r1", "b") == ["load b"]
+    assert core.request("r2", "c") == ["unload a"]
+    core.unloaded("a")
+    assert core.wait(20) == []
+    assert core.loaded("b") == ["serve r1"]
+    core.sample(free=4_000)
+    assert core.finish("r1") == ["unload b"]

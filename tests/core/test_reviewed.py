@@ -4,6 +4,7 @@ from typing import Any
 
 from mgpu_core import events as ev
 from mgpu_core.config import Consumer, Gpu
+from mgpu_core.notes import Reason, Why
 from tests.core.driver import Core, Table, lazy, service
 
 CARD = (Gpu(total_mib=10_000, cushion_mib=0),)
@@ -44,6 +45,17 @@ def test_a_planner_that_names_an_absent_one_for_a_full_resident_does_no_harm() -
 def test_a_planner_that_names_nobody_known_does_no_harm() -> None:
     core = core_of(service("a", 100), planner=Table({"a": ["ghost"]}), absent=["a"])
     assert core.request("r1", "a") == ["load a"]
+
+
+def test_whom_a_swap_counts_out_is_not_served_even_if_it_was_configured_only_now() -> None:
+    a, ghost = service("a", 100), service("ghost", 100)
+    core = core_of(a, planner=Table({"a": ["ghost"]}), absent=["a"])
+    core.request("r1", "a")
+    core.reconfigure(a, ghost, gpus=tuple(core.state.config.gpus.values()))
+    assert core.residency("ghost") == "resident"
+    assert core.request("r2", "ghost") == []
+    assert core.state.reasons["r2"] == Reason(why=Why.COLLISION, who=("a",))
+    assert core.loaded("a") == ["serve r1"]
 
 
 def test_a_probe_that_is_refused_before_the_load_leaves_the_promise() -> None:

@@ -3,6 +3,8 @@
 import pytest
 
 from mgpu_core.config import SECOND_US, Consumer, Gpu
+from mgpu_core.events import Request
+from mgpu_core.state import Counters
 from tests.core.driver import CARD, STEP_US, Core, Table, lazy, service
 
 TWO_CARDS = (Gpu(index=0, total_mib=24_000), Gpu(index=1, total_mib=24_000))
@@ -142,6 +144,34 @@ def test_the_queue_goes_by_priority_then_arrival() -> None:
         ["serve d"],
         ["serve a"],
     ]
+
+
+def test_what_was_done_is_counted() -> None:
+    core = Core(service("a", 20_000), service("b", 20_000), absent=["b"])
+    core.use("r1", "a")
+    core.request("r2", "b")
+    asked = core.at
+    core.answer_all()
+    core.wait(2)
+    core.finish("r2")
+    assert core.state.consumers["b"].total_requests == 1
+    assert core.state.counters == Counters(
+        jobs=2,
+        loads=1,
+        evictions=1,
+        last_wait_us=core.state.consumers["b"].moved - asked,
+        last_run_us=2 * SECOND_US + STEP_US,
+    )
+
+
+def test_who_comes_in_the_very_moment_for_which_others_waited_is_not_before_them() -> None:
+    core = Core(service("v", 24_000), service("b", 8_000), service("c", 8_000), absent=["b", "c"])
+    core.request("older", "b")
+    core.unloaded("v", error="unload_failed")
+    assert core.queue == ["older"]
+    core.at = core.state.consumers["v"].unload_cooldown.until
+    assert core.feed(Request(at=core.at, request="new", consumer="c")) == ["unload v"]
+    assert core.waiters("b") == ["older"]
 
 
 def test_a_consumers_own_priority_is_taken_where_the_request_names_none() -> None:

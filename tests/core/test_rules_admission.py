@@ -21,6 +21,14 @@ def test_an_unknown_consumer_is_refused_even_while_draining() -> None:
     assert not core.rejection("r1").retryable
 
 
+def test_a_refusal_names_the_consumer_where_there_is_one() -> None:
+    core = Core(service("a", max_pending=1))
+    for request, consumer in (("r1", "a"), ("r2", "a"), ("r3", "ghost")):
+        core.request(request, consumer)
+    assert core.rejection("r2").consumer == "a"
+    assert core.rejection("r3").consumer is None
+
+
 def test_draining_comes_before_unreachable() -> None:
     core = Core(service("a"))
     core.probe("a", failure="refused")

@@ -3,7 +3,10 @@
 import pytest
 
 from mgpu_core.config import SECOND_US, Consumer, Gpu
-from mgpu_core.planners import View
+from mgpu_core.events import GpuReading, GpuSample
+from mgpu_core.notes import Reason, Why
+from mgpu_core.planners import Holder, Lru, View
+from mgpu_core.state import Residency
 from tests.core.driver import Core, Table, service
 
 CARD_16 = (Gpu(total_mib=16_000),)
@@ -93,6 +96,29 @@ def test_victims_are_found_on_every_card_that_lacks_memory() -> None:
         absent=["both"],
     )
     assert sorted(core.request("r1", "both")) == ["unload a", "unload b"]
+
+
+def test_of_a_card_that_is_not_configured_a_reading_tells_the_size() -> None:
+    core = Core(
+        *(service(f"a{mib}", vram_mib={1: mib}) for mib in (9_000, 9_001, 10_000, 10_001)),
+        absent=["a9000", "a9001", "a10000", "a10001"],
+        gpus=(Gpu(),),
+    )
+    reading = GpuReading(index=1, total_mib=10_000, used_mib=1_000, free_mib=9_000)
+    core.send(GpuSample, taken=core.at, gpus=(reading,))
+    assert core.request("r1", "a9001") == []
+    assert core.request("r2", "a9000") == ["load a9000"]
+    assert core.request("r3", "a10000") == []
+    assert core.request("r4", "a10001") == ["reject r4 insufficient_vram"]
+    core.cancel("r1")
+    core.cancel("r3")
+    core.loaded("a9000")
+    core.unload("a9000")
+    core.wait(7)  # the reading is stale: its total and what was foreign in it still count
+    core.finish("r2")
+    core.unloaded("a9000")
+    assert core.request("r5", "a9001") == []
+    assert core.request("r6", "a9000") == ["load a9000"]
 
 
 # ------------------------------------------------------------------ whom to evict
@@ -309,6 +335,19 @@ def test_even_a_planner_of_the_users_own_evicts_nobody_protected(protected: Cons
     core = Core(protected, service("b"), absent=["b"], planner=Table({"b": ["p"]}))
     assert core.request("r1", "b") == []
     assert core.queue == ["r1"]
+    assert core.state.reasons["r1"] == Reason(why=Why.UNFIT, who=("p",))
+
+
+def test_what_a_planner_of_the_users_own_names_goes_as_far_as_it_is_there_and_can() -> None:
+    core = Core(
+        *(service(name) for name in ("gone", "a", "b")),
+        absent=["gone", "b"],
+        planner=Table({"b": ["gone", "a"]}),
+    )
+    assert core.request("r1", "b") == ["unload a"]
+    core.unloaded("a", error="unload_failed")
+    assert core.state.reasons["r1"] == Reason(why=Why.COOLDOWN, who=("a",))
+    assert core.wait(5) == ["unload a"]
 
 
 def test_a_planner_that_knows_no_set_leaves_it_in_the_queue() -> None:
@@ -319,6 +358,20 @@ def test_a_planner_that_knows_no_set_leaves_it_in_the_queue() -> None:
     core = Core(service("b", 10_000), absent=["b"], planner=Never())
     assert core.request("r1", "b") == []
     assert core.queue == ["r1"]
+    core = Core(service("b", 10_000), absent=["b"], planner=Never(), when_unfit="reject")
+    assert core.request("r1", "b") == ["reject r1 insufficient_vram"]
+    assert core.rejection("r1").message == (
+        "b needs 10000 MiB on GPU 0, 24000 MiB are free and cannot be made enough; "
+        "held by: nobody known"
+    )
+
+
+def test_a_planner_of_the_users_own_may_be_a_built_in_one_which_names_nobody_for_a_resident() -> (
+    None
+):
+    core = Core(service("a", 10_000), service("b", 10_000), planner=Lru())
+    core.sample(free=0)
+    assert core.request("r1", "b") == ["serve r1"]
 
 
 def test_a_planner_of_the_users_own_is_asked_anew_after_every_event() -> None:
@@ -352,6 +405,64 @@ def test_the_view_of_a_planner_names_who_runs_in_order() -> None:
     core.request("r1", "b")
     core.request("r2", "a")
     assert ("b", "c", "d") in seen  # b is the target of a swap that still unloads c
+
+
+def test_a_planner_sees_of_each_holder_what_the_scheduler_goes_by() -> None:
+    seen: list[View] = []
+
+    class Watcher:
+        def victims(self, target: str, view: View) -> tuple[str, ...] | None:
+            seen.append(view)
+            return () if view.resident else None
+
+    core = Core(
+        service("a", 8_000, vram_residue_mib=500, driver="process", server="s"),
+        service("b", 4_000, vram_load_mib=5_000, pinned=True),
+        service("t", 20_000, can_coexist_with=("b",)),
+        absent=["t"],
+        planner=Watcher(),
+    )
+    core.probe("a", resident=True, vram_mib=7_500)
+    core.use("r1", "a")
+    used = core.at
+    core.request("r2", "a")
+    core.probe("b", busy=True)
+    core.request("r3", "t")
+    view = seen[-1]
+    assert (view.protected, view.need_mib, view.free_mib) == (("b",), {0: 20_256}, {0: 16_500})
+    common = {"owed": False, "stops_with": (), "idle": False, "load_us": None}
+    assert view.holders == {
+        "a": Holder(
+            name="a",
+            residency=Residency.RESIDENT,
+            gain_mib={0: 7_000},
+            need_mib={0: 8_000},
+            measured_mib=7_500,
+            last_used=used,
+            uses=1,
+            credit=1_000_000 // 7_500,
+            serving=1,
+            busy=False,
+            pinned=False,
+            evictable=True,
+            **common,
+        ),
+        "b": Holder(
+            name="b",
+            residency=Residency.RESIDENT,
+            gain_mib={0: 4_000},
+            need_mib={0: 5_000},
+            measured_mib=None,
+            last_used=None,
+            uses=0,
+            credit=0,
+            serving=0,
+            busy=True,
+            pinned=True,
+            evictable=False,
+            **common,
+        ),
+    }
 
 
 # ------------------------------------------------------------------ when nothing fits

@@ -266,6 +266,20 @@ def test_a_probe_taken_during_a_load_does_not_undo_it() -> None:
     assert core.residency("a") == "absent"
 
 
+def test_a_probe_taken_during_a_swap_does_not_bring_its_victim_back() -> None:
+    core = Core(service("a", 20_000), service("b", 20_000), absent=["b"])
+    core.request("r1", "b")
+    core.unloaded("a")
+    core.wait(1)
+    during = core.at
+    core.wait(1)
+    core.loaded("b")
+    core.probe("a", taken=during, resident=True)
+    assert core.residency("a") == "absent"
+    core.probe("a", resident=True)
+    assert core.residency("a") == "resident"
+
+
 def test_one_failed_sample_does_not_forget_a_game() -> None:
     """6 GB of a game were measured; then one reading failed and the static budget knew no game."""
     core = Core(service("a", 12_000), gpus=CARD_16, absent=["a"])

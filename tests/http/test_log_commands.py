@@ -21,8 +21,9 @@ import pytest
 from mgpu_core.codec import decode_state, encode_state
 from mgpu_core.events import Request
 from mgpu_core.state import Phase
-from mgpu_effects.event_log import encode_gap
+from mgpu_effects.event_log import encode_gap, encode_line
 from mgpu_http.cli import main
+from mgpu_http.commands import logs
 from tests.golden.golden import DIVERGES, LOGS
 from tests.support.logs import header, history, lines, write_log
 
@@ -116,7 +117,7 @@ def test_show_is_aligned_and_tells_times_both_ways(mgpu: Mgpu, log: Path) -> Non
         short = {"absent": "-", "resident": "in", "unloading": "leaving"}.get(residency, residency)
         assert word.startswith(short), line
     assert re.search(r"unload [\w-]+ \(swap of \w+\)", said.out)
-    assert re.search(r"r\d+ waits: \w+ \(\w+", said.out)
+    assert re.search(r"r\d+ waits for \w+ to ", said.out)
 
 
 @pytest.mark.parametrize("seq", [1, 2, PER_SEGMENT, PER_SEGMENT + 1, 3 * PER_SEGMENT + 7, EVENTS])
@@ -234,6 +235,35 @@ def test_on_a_terminal_it_is_one_coloured_screen(log: Path) -> None:
     assert plain != shown.splitlines()
     assert len(plain) <= 20
     assert int(plain[-1][:8]) == EVENTS
+
+
+def test_what_is_put_off_for_long_is_folded_in_pieces(
+    mgpu: Mgpu, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_r3 = mgpu("log", "show", log, "--request", "r3", "--json").lines
+    monkeypatch.setattr(logs, "PUT_OFF_AT_MOST", 7)
+    assert mgpu("log", "show", log, "--request", "r3", "--json").lines == of_r3
+
+
+def test_states_that_are_not_those_of_then_are_not_shown_as_such(mgpu: Mgpu) -> None:
+    said = mgpu("log", "show", DIVERGES)
+    assert re.fullmatch(r"event \d+: today's code decides otherwise .*\n", said.err)
+
+
+def test_whoever_has_seen_enough_need_not_read_on(log: Path) -> None:
+    command = f"{sys.executable} -m mgpu_http.cli log show {log} --json | head -n 1"
+    told = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, timeout=LIMIT_S, check=True
+    )
+    assert json.loads(told.stdout)["seq"] == 1
+    assert told.stderr == b""
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--last", "3", "--at", "5"], ["--at", "99999"], ["--at", "x"], ["--at", "-1"]]
+)
+def test_wrong_usage_of_show_is_2(mgpu: Mgpu, log: Path, wrong: list[str]) -> None:
+    assert mgpu("log", "show", log, *wrong, code=2).out == ""
 
 
 # ---------------------------------------------------------------------------------- state, diff
@@ -469,6 +499,24 @@ def test_the_table_of_requests_is_what_became_of_each(mgpu: Mgpu, log: Path) -> 
     assert all(by_name[name]["waited_us"] == "" for name in queued)
 
 
+def test_the_table_of_a_part_tells_the_same_of_those_that_end_in_it(mgpu: Mgpu, log: Path) -> None:
+    every = mgpu("log", "export", log, "--csv").out.splitlines()
+    first = PER_SEGMENT + 30
+    part = mgpu("log", "export", log, "--csv", "--from", first).out.splitlines()
+    ended_before = {
+        line["event"].get("request")
+        for line in mgpu("log", "show", log, "--json").lines
+        if line["seq"] < first and line["event"]["type"] == "ServeDone"
+    } | {
+        effect["request"]
+        for line in mgpu("log", "show", log, "--json").lines
+        for effect in line["effects"]
+        if line["seq"] < first and effect["type"] == "Reject"
+    }
+    assert ended_before
+    assert part == [row for row in every if row.split(",")[0] not in ended_before]
+
+
 # ---------------------------------------------------------------------------------------- damage
 
 
@@ -558,6 +606,18 @@ def test_a_later_format_names_the_version_that_reads_it(mgpu: Mgpu, tmp_path: Pa
     path.write_text(json.dumps(head) + "\n")
     told = mgpu("replay", path, code=2).err
     assert "format 99, written by mgpu 9.0" in told
+
+
+def test_an_event_of_a_later_version_names_the_version_that_reads_it(
+    mgpu: Mgpu, tmp_path: Path
+) -> None:
+    path = tmp_path / "log.jsonl"
+    later = encode_line(1, at(1), {"type": "Later"}, [], [])
+    path.write_bytes(header(TOLD.states[0]) + later)
+    told = mgpu("log", "show", path, code=2).err
+    assert re.search(
+        r"event 1 can't be read: .*'Later'.*; mgpu 0\.1\.0 wrote it, read it with", told
+    )
 
 
 # ------------------------------------------------------------------------------ logs of mgpu fuzz

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ from mgpu_core.why import Interval, Waits, encode_explanation
 from mgpu_effects.event_log import read
 from mgpu_http.cli import main
 from mgpu_http.commands.log_why import LINES, page
-from tests.golden.golden import FOLDER
 from tests.support.logs import History, history, write_log
 
 TOLD = history(seed=10, acts=70)
@@ -223,13 +221,3 @@ def test_a_restart_within_a_log(tmp_path: Path, mgpu: Mgpu) -> None:
     assert said["intervals"][-1]["to"] == states[cut].at
     assert said["intervals"][-1]["ended_by"] is None
     assert "when the broker ended" in mgpu(tmp_path, request).out
-
-
-def test_the_example_of_the_page_is_what_is_said(
-    mgpu: Mgpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
-    page = (FOLDER.parents[1] / "docs" / "debugging.md").read_text()
-    said = mgpu(FOLDER / "format-1-failures.jsonl", "r8").out
-    assert f"mgpu log why tests/golden/format-1-failures.jsonl r8\n{said}```" in page

@@ -101,11 +101,16 @@ def caught(
     return tuple(None if one is None else Caught(**one) for one in found)
 
 
+def environment(tree: Path) -> dict[str, str]:
+    """Have a process import what lies in the tree."""
+    return {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 def _python(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=environment(tree),
         capture_output=True,
         text=True,
         timeout=LIMIT_S,

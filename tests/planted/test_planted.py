@@ -9,6 +9,7 @@ from random import Random
 import pytest
 
 from mgpu_core.simulation import campaign
+from tests.planted import switch
 from tests.planted.planting import (
     DoesNotApplyError,
     caught,
@@ -55,3 +56,20 @@ def test_nothing_is_found_where_nothing_is_planted() -> None:
     """The runs in which the bugs show are clean without them."""
     runs = sorted({run for kept in noticed().values() for run in kept.values()})
     assert [r.violation for r in campaign(runs, Random) if r.violation is not None] == []
+
+
+def test_one_mutant_at_a_time_takes_the_place_of_its_function(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def x_answer__mutmut_orig() -> int:
+        return 42
+
+    variants = {switch.ORIGINAL: x_answer__mutmut_orig, "x_answer__mutmut_1": lambda: 43}
+    answer = switch.wrap_in_trampoline(variants)(x_answer__mutmut_orig)
+    assert answer() == 42
+    monkeypatch.setattr(switch, "active", {__name__: "x_answer__mutmut_1"})
+    assert answer() == 43
+    monkeypatch.setattr(switch, "active", {"another module": "x_answer__mutmut_1"})
+    monkeypatch.setattr(switch, "called", set())
+    assert answer() == 42
+    assert switch.called == {f"{__name__}.x_answer"}

@@ -151,6 +151,7 @@ def test_a_planner_that_is_not_pure_or_raises_is_told(planner: object, told: str
 def test_a_good_planner_breaks_nothing(planner: Lru) -> None:
     for report in campaign(range(12), Random, planner=planner, acts=12):
         assert report.violation is None, f"seed {report.seed}: {report.violation}"
+        assert not report.reached[NEEDLESS]
 
 
 def test_one_run_is_played_with_a_planner() -> None:

@@ -276,6 +276,7 @@ class Draft:
         self._count_overtakes(name)
         self._leave_queue(name)
         self._no_longer_owed(name)
+        overtaken = self._overtaken(name)
         self._forget_wait(name)
         request = self.requests[name]
         self.requests[name] = changed(request, phase=Phase.SERVING, granted=self.at)
@@ -293,7 +294,13 @@ class Draft:
         self.last_work = self.at
         self.restore_due = True
         self.do(Serve(request=name, consumer=request.consumer))
-        self.note("Granted", request=name, consumer=request.consumer, waited_us=waited)
+        self.note(
+            "Granted",
+            request=name,
+            consumer=request.consumer,
+            waited_us=waited,
+            overtaken=overtaken,
+        )
 
     def drop(self, name: str) -> RequestState:
         """Take a waiting request out of everything; who answers it is somebody else's."""
@@ -306,6 +313,12 @@ class Draft:
         self._count(self.waiting, request.consumer, -1)
         self.again = True
         return request
+
+    def brought_in(self, name: str) -> None:
+        """End a load that no client asked for: its consumer is in."""
+        request = self.drop(name)
+        waited = self.at - request.at
+        self.note("BroughtIn", request=name, consumer=request.consumer, waited_us=waited)
 
     def end_serving(self, name: str) -> RequestState:
         request = self.requests.pop(name)
@@ -368,16 +381,21 @@ class Draft:
             return old
         self.reasons[name] = reason
         request = self.requests[name]
+        doing = {"doing": reason.doing} if reason.doing else {}
         self.note(
             "Waits",
             request=name,
             consumer=request.consumer,
             why=reason.why.value,
             who=reason.who,
-            overtaken=self.overtaken.get(name, 0) + self.overtaken_high.get(name, 0),
+            **doing,
+            overtaken=self._overtaken(name),
             **reason.numbers,
         )
         return reason
+
+    def _overtaken(self, name: str) -> int:
+        return self.overtaken.get(name, 0) + self.overtaken_high.get(name, 0)
 
     def joined(self, target: str) -> list[str]:
         """Give who waits in the swap of this target, in queue order."""

@@ -167,6 +167,19 @@ def total_mib(s: Believed, gpu: int) -> int | None:
     return None if card is None else card.total_mib
 
 
+def shortage(d: Draft, target: str) -> dict[str, int]:
+    """Give what the target needs and could have on the card that lacks most; where that is known.
+
+    `need_mib` and `cushion_mib` have to be free, `free_mib` is.
+    """
+    rows = [
+        {"gpu": gpu, "need_mib": need, "cushion_mib": cushion_mib(d, gpu), "free_mib": free}
+        for gpu, need in need_mib(d.consumer(target), d.consumers[target]).items()
+        if (free := free_mib(d, target, gpu)) is not None
+    ]
+    return max(rows, key=lambda row: row["need_mib"] - row["free_mib"], default={})
+
+
 def cushion_mib(s: Believed, gpu: int) -> int:
     settings = s.config.gpus.get(gpu)
     return settings.cushion_mib if settings else 0

@@ -36,6 +36,8 @@ class Reason:
 
     why: Why
     who: tuple[str, ...] = ()
+    # What each of `who` does now, where that is why: unloading, settling, loading or working.
+    doing: tuple[str, ...] = ()
     numbers: Mapping[str, int] = field(factory=dict, eq=False)
 
 

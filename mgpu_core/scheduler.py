@@ -72,6 +72,7 @@ def settle(d: Draft) -> None:
             operator.load_by_itself(d)
         if not d.again:
             lifecycle.retire(d)
+            swaps.tell(d)
             return
     raise AssertionError(f"the step at {d.at} does not come to rest")
 

@@ -18,6 +18,7 @@ from mgpu_core.memory import (
     need_mib,
     promise_for,
     promise_loading,
+    shortage,
     stops_a_leak,
     stops_with,
     view_for,
@@ -93,8 +94,23 @@ def _not_yet(d: Draft, victims: tuple[str, ...]) -> Reason | None:
     if busy := [name for name in going if is_busy(d, name) and name not in d.serving]:
         return Reason(why=Why.VICTIM_BUSY, who=tuple(busy))
     if working := [name for name in going if at_work(d, name)]:
-        return Reason(why=Why.VICTIM_AT_WORK, who=tuple(working))
+        return victims_at_work(d, tuple(working))
     return None
+
+
+def victims_at_work(d: Draft, names: tuple[str, ...]) -> Reason:
+    """Say of those who would have to go what they still do."""
+    return Reason(
+        why=Why.VICTIM_AT_WORK, who=names, doing=tuple(_work_of(d, name) for name in names)
+    )
+
+
+def _work_of(d: Draft, name: str) -> str:
+    """Say what of it has to end. Who is owed serves soon, perhaps within this step."""
+    operation = d.consumers[name].operation
+    if operation is not None:
+        return f"{operation.kind}ing"
+    return "loading" if name in d.swaps else "working"
 
 
 def _beside(d: Draft, target: str, victims: tuple[str, ...]) -> tuple[str, ...]:
@@ -183,10 +199,36 @@ def _advance(d: Draft, swap: Swap) -> bool:
     return _load(d, d.turn(swap, Turn.NOTHING_TO_UNLOAD))
 
 
-def _unloads_under_way(d: Draft, swap: Swap) -> bool:
-    return any(
-        operation is not None and operation.kind == "unload" and operation.epoch == swap.epoch
-        for operation in (d.consumers[name].operation for name in swap.evicted)
+def _unloads_under_way(d: Draft, swap: Swap) -> tuple[str, ...]:
+    """Give those of its victims that are on their way out."""
+    return tuple(
+        name
+        for name in swap.evicted
+        if (operation := d.consumers[name].operation) is not None
+        and operation.kind == "unload"
+        and operation.epoch == swap.epoch
+    )
+
+
+def tell(d: Draft) -> None:
+    """Let those who wait in a swap know how far it has come."""
+    for target, swap in d.swaps.items():
+        if swap is not d.before.swaps.get(target):
+            reason = stage(d, swap)
+            for name in d.joined(target):
+                d.why(name, reason)
+
+
+def stage(d: Draft, swap: Swap) -> Reason:
+    """Say whose unload, whose memory or whose load a swap waits for."""
+    if leaving := _unloads_under_way(d, swap):
+        who, doing = leaving, "unloading"
+    elif swap.evicted and swap.phase is not SwapPhase.LOADING:
+        who, doing = swap.evicted, "settling"
+    else:
+        return Reason(why=Why.SWAP, who=(swap.target,), doing=("loading",))
+    return Reason(
+        why=Why.SWAP, who=who, doing=(doing,) * len(who), numbers=shortage(d, swap.target)
     )
 
 
@@ -274,7 +316,7 @@ def finish(d: Draft, swap: Swap) -> None:
     forget(d, swap)
     for name in waiters:
         if d.requests[name].operator is not None:
-            d.drop(name)
+            d.brought_in(name)
         else:
             d.enqueue_again(name, owed=True)
             d.arrived.append(name)

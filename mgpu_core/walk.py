@@ -1,6 +1,6 @@
 """The scheduling pass: what every waiting request may do now, in the order of the queue."""
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from mgpu_core import swaps
 from mgpu_core.config import Consumer
@@ -19,6 +19,7 @@ from mgpu_core.memory import (
     may_be_evicted,
     need_mib,
     promise_granted,
+    shortage,
     stops_with,
 )
 from mgpu_core.notes import Reason, Why
@@ -28,6 +29,8 @@ from mgpu_core.transitions import Cause
 
 # What no holding back of others can end: who waits for it holds nobody back.
 BEYOND_HELP = frozenset({Why.UNFIT, Why.COOLDOWN, Why.VICTIM_BUSY})
+# What is waited for is memory, so it is told how much is missing.
+FOR_MEMORY = BEYOND_HELP | {Why.COLLISION, Why.VICTIM_AT_WORK}
 
 
 @frozen
@@ -83,6 +86,8 @@ def _look(d: Draft, name: str, fences: list[Fence], stuck: dict[str, Reason]) ->
         reason = _attend(d, request, fences)
         if reason is None:
             return None
+    if reason.why in FOR_MEMORY and not reason.numbers and d.reasons.get(name) != reason:
+        reason = evolve(reason, numbers=shortage(d, request.consumer))
     stuck[request.consumer] = kept = d.why(name, reason)
     return kept
 
@@ -99,7 +104,7 @@ def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | No
         if ahead:
             return ahead
         d.join(request.request)
-        d.why(request.request, Reason(why=Why.SWAP, who=d.swaps[name].victims))
+        d.why(request.request, swaps.stage(d, d.swaps[name]))
         return None
     if state.operation is not None or _server_stops(d, consumer):
         return Reason(why=Why.UNLOADING)
@@ -109,7 +114,7 @@ def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | No
         victims = ()
     if victims == () and may_serve(d, name):
         if request.operator is not None:
-            d.drop(request.request)
+            d.brought_in(request.request)
             return None
         reason = _wanted_elsewhere(d, name) or no_room(d, consumer) or ahead
         if reason is None and state.cleared and swaps.room_is_gone(d, name):
@@ -148,7 +153,12 @@ def _bring_in(
     name = request.consumer
     if request.only_if_free and victims != ():
         d.drop(request.request)
-        d.note("NotLoaded", consumer=name, because="there is no free memory for it")
+        d.note(
+            "NotLoaded",
+            request=request.request,
+            consumer=name,
+            because="there is no free memory for it",
+        )
         return None
     if victims is None:
         missing = d.remember(("no set", alike(d, name)), lambda: _no_set(d, name))
@@ -168,7 +178,7 @@ def _bring_in(
     # 6. Start it. The request joins before the swap moves on.
     swaps.start(d, name, victims, restore=request.operator in {"preload", "restore"})
     d.join(request.request)
-    d.why(request.request, Reason(why=Why.SWAP, who=victims))
+    d.why(request.request, swaps.stage(d, d.swaps[name]))
     swaps.advance_all(d)
     return None
 
@@ -179,7 +189,7 @@ def _told_to_let_go(d: Draft, target: str) -> Reason | None:
     """
     if _may_hold_some(d, target) and may_be_evicted(d, target):
         if working := _working(d, target):
-            return Reason(why=Why.VICTIM_AT_WORK, who=working)
+            return swaps.victims_at_work(d, working)
         d.start_unload(target, d.next_epoch(), because="what it may hold is in its own way")
         return Reason(why=Why.UNLOADING)
     consumer = d.consumer(target)
@@ -187,7 +197,7 @@ def _told_to_let_go(d: Draft, target: str) -> Reason | None:
         shared = not consumer.vram_mib.keys().isdisjoint(d.consumer(name).vram_mib)
         if shared and _keeps_some(d, name):
             d.start_unload(name, d.next_epoch(), because="what it may hold is in the way")
-            return Reason(why=Why.VICTIM_AT_WORK, who=(name,))
+            return swaps.victims_at_work(d, (name,))
     return None
 
 

@@ -26,8 +26,10 @@ from mgpu_core.events import Cancel, Event, Reconfigured, Request, Shutdown, Sta
 from mgpu_core.lifecycle import carried_over
 from mgpu_core.notes import Note
 from mgpu_core.planners import Planner
+from mgpu_core.replay import Record
 from mgpu_core.scheduler import Scheduler, Transition
 from mgpu_core.state import State
+from mgpu_core.why import Waits
 from mgpu_effects.calls import control_session
 from mgpu_effects.carry_out import Executor
 from mgpu_effects.clock import Clock
@@ -46,6 +48,11 @@ Stepped: TypeAlias = "asyncio.Future[Transition]"
 
 # What every request leaves: the event log has it, the text log would hold little else.
 ROUTINE = frozenset({"Granted", "Served"})
+
+# Of so many requests it is known after their end what they waited for, each in so many intervals;
+# the event log knows it of all.
+ENDED_KEPT = 256
+INTERVALS_KEPT = 128
 
 _log = logging.getLogger(__name__)
 _decisions = logging.getLogger("mgpu.decisions")
@@ -74,6 +81,8 @@ class Broker:
         self._planner = planner
         self._scheduler = Scheduler(core_config(settings), planner)
         self.state: State = self._scheduler.initial()
+        # What each request of this run waited for: those here, and the last ones that have ended.
+        self.waits = Waits(kept=ENDED_KEPT, most=INTERVALS_KEPT)
         # Told of every step, in order; they may not raise.
         self.observers: list[Callable[[Transition], None]] = []
         self._seq = 0
@@ -253,13 +262,15 @@ class Broker:
         transition = self._scheduler.step(before, event)
         self._seq += 1
         self.state = transition.state
-        self._event_log.append(
-            self._seq,
-            transition.state.at,
-            encode_event(event),
-            [encode_effect(effect) for effect in transition.effects],
-            [encode_note(note) for note in transition.notes],
+        record = Record(
+            seq=self._seq,
+            at=transition.state.at,
+            event=encode_event(event),
+            effects=[encode_effect(effect) for effect in transition.effects],
+            notes=[encode_note(note) for note in transition.notes],
         )
+        self._event_log.append(record.seq, record.at, record.event, record.effects, record.notes)
+        self.waits.see(record)
         for note in transition.notes:
             if note.type not in ROUTINE:
                 _decisions.info("%s", _line(note))

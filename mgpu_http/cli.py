@@ -127,6 +127,10 @@ def diff_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("b", metavar="B", help="the same")
 
 
+def why_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="each interval, however many there are")
+
+
 def export_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--from", metavar="POINT", dest="start", help=f"begin there: {POINT}")
     parser.add_argument("--to", metavar="POINT", dest="end", help="end there")
@@ -343,6 +347,13 @@ COMMANDS = (
         example="mgpu log diff /var/lib/mgpu 4711 4712",
         run="commands.log_diff:diff",
         add=(event_log, diff_arguments, as_json),
+    ),
+    Command(
+        name="log why",
+        help="show what a request waited for, and until which event",
+        example="mgpu log why /var/lib/mgpu 1f3a77c2-17",
+        run="commands.log_why:why",
+        add=(event_log, request, why_arguments, as_json),
     ),
     Command(
         name="log export",

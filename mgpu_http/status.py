@@ -7,16 +7,16 @@ from importlib.metadata import version
 from typing import Any
 
 from mgpu_core.memory import held_mib
-from mgpu_core.notes import Reason
 from mgpu_core.ordering import is_pinned, walk_order
 from mgpu_core.state import ConsumerState, Phase, RequestState, Residency, State
+from mgpu_core.why import Waits, encode_explanation, summary
 
 VERSION = version("mgpu")
 
 
-def snapshot(state: State, now: int) -> dict[str, Any]:
+def snapshot(state: State, waits: Waits, now: int) -> dict[str, Any]:
     """Give the whole answer of GET /v1/status; `now` in microseconds."""
-    requests = request_rows(state, now)
+    requests = request_rows(state, waits, now)
     return {
         "version": VERSION,
         "run": state.run,
@@ -90,7 +90,26 @@ def _scheduler_row(state: State) -> dict[str, Any]:
     }
 
 
-def request_rows(state: State, now: int) -> list[dict[str, Any]]:
+def explained(state: State, waits: Waits, request: str, now: int) -> dict[str, Any] | None:
+    """Give the answer of GET /v1/requests/{id}: its row, and its whole wait; None: unknown."""
+    told = waits.explained(request, now)
+    if told is None:
+        return None
+    rows = (row for row in request_rows(state, waits, now) if row["id"] == request)
+    row = next(rows, None) or {
+        "id": request,
+        "consumer": told.consumer,
+        "kind": told.kind,
+        "state": "ended",
+        "position": None,
+        "promoted": told.promoted,
+        "waited_ms": told.waited_us // 1000,
+        "why": None,
+    }
+    return {**row, **encode_explanation(told), "summary": summary(told)}
+
+
+def request_rows(state: State, waits: Waits, now: int) -> list[dict[str, Any]]:
     """Give a row for each admitted request: those served, those joined to a swap, the queue."""
     promoted, others = walk_order(state)
     places = {name: place for place, name in enumerate([*promoted, *others], start=1)}
@@ -103,7 +122,7 @@ def request_rows(state: State, now: int) -> list[dict[str, Any]]:
             "position": places.get(name),
             "promoted": name in promoted,
             "waited_ms": _waited_ms(request, now),
-            "why": _why(state.reasons.get(name)),
+            "why": waits.reason(name),
         }
         for name, request in state.requests.items()
     ]
@@ -114,12 +133,6 @@ def request_rows(state: State, now: int) -> list[dict[str, Any]]:
 def _waited_ms(request: RequestState, now: int) -> int:
     until = now if request.granted is None else request.granted
     return max(0, until - request.at) // 1000
-
-
-def _why(reason: Reason | None) -> dict[str, Any] | None:
-    if reason is None:
-        return None
-    return {"reason": reason.why.value, "who": list(reason.who), **reason.numbers}
 
 
 def _ms(us: int | None) -> int | None:

@@ -10,7 +10,7 @@ from mgpu_core.events import Drain, Event, Load, Pin, Resume, Unload
 from mgpu_effects.config_file import ConfigErrors
 from mgpu_effects.errors import BrokerError
 from mgpu_http.exchange import Exchange, Service
-from mgpu_http.status import VERSION, request_rows, snapshot
+from mgpu_http.status import VERSION, explained, snapshot
 
 WHAT = "mgpu: one address in front of the inference services that share a GPU"
 
@@ -26,7 +26,8 @@ async def health(service: Service, _exchange: Exchange, _request: Request) -> Re
 
 
 async def status(service: Service, _exchange: Exchange, _request: Request) -> Response:
-    return JSONResponse(snapshot(service.broker.state, service.clock.now()))
+    broker = service.broker
+    return JSONResponse(snapshot(broker.state, broker.waits, service.clock.now()))
 
 
 async def metrics(service: Service, _exchange: Exchange, _request: Request) -> Response:
@@ -35,10 +36,15 @@ async def metrics(service: Service, _exchange: Exchange, _request: Request) -> R
 
 async def one_request(service: Service, _exchange: Exchange, request: Request) -> Response:
     wanted = request.path_params["id"]
-    for row in request_rows(service.broker.state, service.clock.now()):
-        if row["id"] == wanted:
-            return JSONResponse(row)
-    raise unknown_request(wanted)
+    broker = service.broker
+    told = explained(broker.state, broker.waits, wanted, service.clock.now())
+    if told is None:
+        raise BrokerError(
+            code="not_found",
+            message=f"no request {wanted} is known: it never came, was before this run, or ended"
+            " long ago; ask the event log: mgpu log why",
+        )
+    return JSONResponse(told)
 
 
 async def cancel(service: Service, _exchange: Exchange, request: Request) -> Response:

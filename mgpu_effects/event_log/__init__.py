@@ -18,7 +18,7 @@ from mgpu_effects.event_log.format import (
     encode_line,
 )
 from mgpu_effects.event_log.memory import Memory, recall
-from mgpu_effects.event_log.reading import Item, last_record, read
+from mgpu_effects.event_log.reading import Item, found_in, last_record, read, segment_with
 from mgpu_effects.event_log.writing import EventLog
 
 __all__ = [
@@ -35,7 +35,9 @@ __all__ = [
     "encode_gap",
     "encode_header",
     "encode_line",
+    "found_in",
     "last_record",
     "read",
     "recall",
+    "segment_with",
 ]

@@ -10,6 +10,7 @@ leaves events out, they are corruption: an error, or `Skipped` with `salvage`.
 """
 
 import contextlib
+import re
 import sys
 import zlib
 from bisect import bisect_right
@@ -83,11 +84,37 @@ def last_record(log: Path) -> Record | None:
     return None
 
 
+def segment_with(directory: Path, text: bytes) -> int | None:
+    """Give the first event of the last segment in which these bytes stand; nothing is decoded.
+
+    Raises EventLogError.
+    """
+    for file in reversed(segment_files(directory)):
+        with contextlib.suppress(GoneError), file.open() as lines:
+            if any(text in line for line in _whole_lines(lines)):
+                return file.seq
+    return None
+
+
+def found_in(log: Path, pattern: re.Pattern[bytes]) -> Iterator[bytes]:
+    """Give the first group of this in every line that has it, the last segment's first; nothing is
+    decoded. Raises EventLogError.
+    """
+    for path in _backwards(log):
+        with contextlib.suppress(GoneError), open_log(path) as file:
+            for line in _whole_lines(file):
+                if found := pattern.search(line):
+                    yield found[1]
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Give its lines, as far as it can be read; whoever decodes them will say what is wrong."""
+    with contextlib.suppress(OSError, EOFError, zlib.error):
+        yield from iter(lambda: file.readline(LINE_LIMIT_BYTES), b"")
+
+
 def _last_lines(file: BinaryIO) -> "deque[bytes]":
-    lines: deque[bytes] = deque(maxlen=_LAST_LINES)
-    with contextlib.suppress(OSError, EOFError, zlib.error):  # whoever reads on will say so
-        lines.extend(iter(lambda: file.readline(LINE_LIMIT_BYTES), b""))
-    return lines
+    return deque(_whole_lines(file), maxlen=_LAST_LINES)
 
 
 def _backwards(log: Path) -> Sequence[Path]:

@@ -95,11 +95,11 @@ def _afterwards(running: Demo, directory: str | None) -> str:
     again = f"{_program()} demo --seconds {running.seconds:g} --seed {running.seed}"
     if directory is not None:
         again += f" --dir {shlex.quote(directory)}"
-    lines = [f"the event log:              {events}"]
+    lines = [f"the event log:               {events}"]
     if longest is not None:
-        found = f"grep '\"{longest.request}\"' {events}/*.jsonl"
-        lines.append(f"in it, who waited longest:  {found}")
-    lines.append(f"the same arrivals again:    {again}")
+        why = f"{_program()} log why {events} {longest.request}"
+        lines.append(f"who waited longest, and why: {why}")
+    lines.append(f"the same arrivals again:     {again}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from mgpu_core import effects as fx
 from mgpu_core import events as ev
 from mgpu_core.state import Residency, State
+from mgpu_core.telling import awaited
 
 Json = Mapping[str, Any]
 # What a cell of a consumer shows; with the number of requests it serves.
@@ -144,13 +145,12 @@ def _waiting(notes: Iterable[Json]) -> Iterator[str]:
         if note["type"] == "Waits":
             alike.setdefault(reason_words(note), []).append(note["request"])
     for reason, (first, *rest) in alike.items():
-        yield f"{first} {f'and {len(rest)} more wait' if rest else 'waits'}: {reason}"
+        yield f"{first} {f'and {len(rest)} more wait' if rest else 'waits'} {reason}"
 
 
 def reason_words(note: Json) -> str:
-    """Say why a request waits, as a note or an encoded reason has it."""
-    who = " ".join(note["who"])
-    return f"{note['why']} ({who})" if who else str(note["why"])
+    """Say what a request waits for, as a note has it."""
+    return awaited({**note, "type": note["why"]}, note["consumer"])
 
 
 # ----------------------------------------------------------------------------------------- states

@@ -171,5 +171,5 @@ def _request_cells(row: dict[str, Any]) -> list[object]:
         row["state"] + (", promoted" if row["promoted"] else ""),
         place,
         row["waited_ms"],
-        " ".join([why["reason"], *why["who"]]) if why else None,
+        why["text"] if why else None,
     ]

@@ -237,7 +237,7 @@ def _queue(told: Mapping[str, Any]) -> list[Waiting]:
         Waiting(
             service=request["consumer"],
             waited_s=request["waited_ms"] / 1000,
-            why=why_words(request["why"]),
+            why=why_words(request["why"], request["consumer"]),
         )
         for request in told["requests"]
         if request["state"] != "serving"

@@ -1,6 +1,7 @@
 """What is shown while the demo runs: a snapshot in, something that rich can print out. Pure."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from attrs import field, frozen
 from rich.console import Group, RenderableType
@@ -8,6 +9,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from mgpu_core.telling import awaited
 from mgpu_http.demo.report import CRASHES, OUT_OF_MEMORY, Half, Happening
 
 QUEUE_ROWS = 6
@@ -34,24 +36,6 @@ HAPPENED = {
     OUT_OF_MEMORY: "OUT OF MEMORY, crashed; was refused",
 }
 BAD = ("load_failed", *CRASHES)
-
-# Why a request waits, as /v1/status tells it; a reason without its own words shows its name.
-WHY = {
-    "consumer_full": "at work already: {who}",
-    "slot": "the card is taken: {who}",
-    "swap": "makes room for it: {who}",
-    "leaving": "an operator wants its service out first",
-    "unloading": "its service is on its way out",
-    "collision": "gets that memory first: {who}",
-    "victim_at_work": "has to go, but is at work: {who}",
-    "victim_busy": "has to go, but is busy: {who}",
-    "memory": "its memory is about to come free",
-    "unfit": "too little can be evicted: {who}",
-    "cooldown": "did not go when told to: {who}",
-    "promoted_ahead": "first, one that was overtaken too often",
-    "no_overlap": "loads and work take turns: {who}",
-}
-WHY_NOBODY = {"swap": "it is being loaded", "unfit": "somebody else has its memory"}
 
 
 @frozen(kw_only=True)
@@ -115,15 +99,9 @@ class Snapshot:
         return max(0, self.total_mib - sum(self.held.values()))
 
 
-def why_words(why: Mapping[str, object] | None) -> str:
-    """Say in words what /v1/status says of why a request waits."""
-    if why is None:
-        return "it has just come"
-    reason, who = str(why["reason"]), why["who"]
-    names = ", ".join(map(str, who)) if isinstance(who, list | tuple) else ""
-    if not names and reason in WHY_NOBODY:
-        return WHY_NOBODY[reason]
-    return WHY.get(reason, reason).format(who=names or "somebody")
+def why_words(why: Mapping[str, Any] | None, service: str) -> str:
+    """Say in words what /v1/status says of why a request of this service waits."""
+    return "it has just come" if why is None else awaited(why, service)
 
 
 def render(snapshot: Snapshot, width: int, height: int) -> RenderableType:

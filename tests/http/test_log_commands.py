@@ -117,7 +117,7 @@ def test_show_is_aligned_and_tells_times_both_ways(mgpu: Mgpu, log: Path) -> Non
         short = {"absent": "-", "resident": "in", "unloading": "leaving"}.get(residency, residency)
         assert word.startswith(short), line
     assert re.search(r"unload [\w-]+ \(swap of \w+\)", said.out)
-    assert re.search(r"r\d+ waits: \w+ \(\w+", said.out)
+    assert re.search(r"r\d+ waits for \w+ to ", said.out)
 
 
 @pytest.mark.parametrize("seq", [1, 2, PER_SEGMENT, PER_SEGMENT + 1, 3 * PER_SEGMENT + 7, EVENTS])

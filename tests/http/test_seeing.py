@@ -10,6 +10,9 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from mgpu_core.why import encode_explanation, summary
+from mgpu_http.commands.log_why import explain
+from mgpu_http.commands.logs import Source
 from tests.support.facade import LIMIT_S, Facade, config, facade, write_config
 from tests.support.upstream import Upstream, eventually
 
@@ -75,7 +78,8 @@ async def test_the_status_has_the_fields_of_the_contract(
     assert (second["consumer"], second["kind"], second["state"]) == ("other", "image", "queued")
     assert (second["position"], second["promoted"]) == (1, False)
     assert second["waited_ms"] >= 0
-    assert second["why"]["who"] == ["worker"]
+    assert (second["why"]["type"], second["why"]["who"]) == ("victim_at_work", ["worker"])
+    assert second["why"]["text"] == f"for worker to finish ({first['id']})"
     assert status["version"] == "0.1.0"
     assert status["run"] == broker.broker.run
     assert scheduler["oldest_queued"] is not None
@@ -86,7 +90,40 @@ async def test_one_request_is_its_row_of_the_status(tmp_path: Path, upstream: Up
         await client.send("POST", "/v1/tts", "X-Upstream: do=never", body=b"")
         status = await broker.until("served", lambda s: s["scheduler"]["in_flight"] == 1)
         (row,) = status["requests"]
-        assert (await broker.ask("GET", f"/v1/requests/{row['id']}")).json() == row
+        told = (await broker.ask("GET", f"/v1/requests/{row['id']}")).json()
+        assert told.items() >= row.items()
+        assert (told["outcome"], told["waited_us"], told["intervals"]) == ("served", 0, [])
+        assert told["summary"] == "was served at once"
+
+
+async def test_what_a_request_waited_for_is_told_as_the_log_tells_it(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    upstream.rule("/unload", delay=0.1)
+    async with facade(tmp_path, two(upstream)) as broker:
+        async with broker.connect() as served, broker.connect() as waiting:
+            await served.send("POST", "/v1/tts", "X-Upstream: do=never", body=b"")
+            await broker.until("served", lambda s: s["scheduler"]["in_flight"] == 1)
+            await waiting.send("POST", "/v1/image", body=b"")
+            await broker.until("waits", lambda s: s["scheduler"]["queue_depth"] == 1)
+            first, second = (await broker.status())["requests"]
+            path = f"/v1/requests/{second['id']}"
+            so_far = (await broker.ask("GET", path)).json()
+            assert (so_far["outcome"], so_far["why"]) == ("waiting", second["why"])
+            (one,) = so_far["intervals"]
+            assert one["reason"] == second["why"]
+            assert (one["from"], one["ended_by"]) == (so_far["intervals"][0]["from"], None)
+            assert so_far["waited_us"] == one["to"] - one["from"]
+            await broker.ask("DELETE", f"/v1/requests/{first['id']}")
+            await broker.until("ended", lambda s: not s["requests"])
+        live = (await broker.ask("GET", path)).json()
+    logged = explain(Source(str(tmp_path / "log")), second["id"])
+    assert (live["state"], live["consumer"], live["kind"]) == ("ended", "other", "image")
+    assert live["summary"] == summary(logged)
+    assert live.items() >= encode_explanation(logged).items()
+    words = [one["reason"]["text"] for one in live["intervals"]]
+    assert words[0] == f"for worker to finish ({first['id']})"
+    assert words[1] == "for worker to be unloaded"
 
 
 async def test_a_load_that_waits_is_seen_and_cancelled_as_a_request(
@@ -101,8 +138,12 @@ async def test_a_load_that_waits_is_seen_and_cancelled_as_a_request(
         answer = await broker.ask("DELETE", f"/v1/requests/{row['id']}")
         assert answer.json() == {"request": row["id"], "cancelled": True}
         await broker.until("cancelled", lambda s: s["consumers"]["worker"]["waiting"] == 0)
-        assert (await broker.ask("GET", f"/v1/requests/{row['id']}")).error == "not_found"
+        told = (await broker.ask("GET", f"/v1/requests/{row['id']}")).json()
+        assert (told["state"], told["outcome"]) == ("ended", "cancelled")
         assert (await broker.ask("DELETE", f"/v1/requests/{row['id']}")).error == "not_found"
+        unknown = await broker.ask("GET", "/v1/requests/load:nobody")
+        assert unknown.error == "not_found"
+        assert "mgpu log why" in unknown.json()["message"]
 
 
 async def test_what_is_read_to_its_end_for_a_client_that_left_can_be_cancelled(

@@ -224,8 +224,8 @@ PLANTS = (
         "any-victim-out-is-all-victims-out",
         "P7",
         "swaps",
-        "for operation in (d.consumers[name].operation for name in swap.evicted)",
-        "for operation in (d.consumers[name].operation for name in swap.evicted[-1:])",
+        "for name in swap.evicted\n        if (operation",
+        "for name in swap.evicted[-1:]\n        if (operation",
         like="ollama E3: tokens of unloads are anonymous",
     ),
     plant(

@@ -1,5 +1,7 @@
 """Events that end a load or an unload, and what becomes of those who waited for it."""
 
+from collections.abc import Sequence
+
 from attrs import evolve
 
 from mgpu_core.config import SECOND_US
@@ -73,8 +75,7 @@ def loaded(d: Draft, name: str, error: str | None) -> None:
             )
         forget(d, swap)
         promise_taken(d, name)  # what it took since the last sample is not free before the next
-        if any(gpu in d.cards for gpu in d.consumer(name).vram_mib):
-            d.sample()
+        _read_again(d, [name])
         return
     d.move(
         name,
@@ -106,11 +107,16 @@ def unloaded(d: Draft, name: str, error: str | None) -> None:
     ]
     for one in together:
         _one_unloaded(d, one, error)
-    if any(gpu in d.cards for one in together for gpu in d.consumer(one).vram_mib):
-        d.sample()  # what is known of the cards is older than this
+    _read_again(d, together)
     for swap in list(d.swaps.values()):
         if swap.epoch == operation.epoch:
             d.put_swap(_after_unload(d, swap, together, error))
+
+
+def _read_again(d: Draft, names: Sequence[str]) -> None:
+    """What is known of their cards, where anything is, is older than this."""
+    if any(gpu in d.cards for name in names for gpu in d.consumer(name).vram_mib):
+        d.sample()
 
 
 def _after_unload(d: Draft, swap: Swap, names: list[str], error: str | None) -> Swap:

@@ -12,7 +12,7 @@ from mgpu_core import events as ev
 from mgpu_core.codec import encode_effect, encode_event, encode_note, encode_state
 from mgpu_core.replay import Record
 from mgpu_core.scheduler import Scheduler
-from mgpu_core.simulation import campaign, folded
+from mgpu_core.simulation import Report, campaign, folded
 from mgpu_core.simulation.run import Log
 from mgpu_core.state import Phase, State
 from mgpu_core.why import (
@@ -126,14 +126,22 @@ def test_the_intervals_add_up_to_every_wait() -> None:
     assert seen["in parts"] > 100
 
 
+def told_whole(report: Report) -> tuple[Log, list[State], list[Record], Waits]:
+    """Give a run as a log, the state before and after each of its records, and what all of them
+    tell of those who waited.
+    """
+    log = folded(report.setting.config, report.history, None)
+    states = [Scheduler(report.setting.config).initial(), *(t.state for _, t in log)]
+    records, whole = recorded(log), Waits()
+    for record in records:
+        whole.see(record)
+    return log, states, records, whole
+
+
 def test_one_request_is_told_from_any_segment_on_as_from_the_whole() -> None:
     compared = 0
     for report in campaign(range(6), Random):
-        log = folded(report.setting.config, report.history, None)
-        states = [Scheduler(report.setting.config).initial(), *(t.state for _, t in log)]
-        records, whole = recorded(log), Waits()
-        for record in records:
-            whole.see(record)
+        log, states, records, whole = told_whole(report)
         for request, truth in truths(log):
             start = (truth.first - 1) // 10 * 10  # where its segment begins
             alone = Waits(only=request)
@@ -148,11 +156,7 @@ def test_one_request_is_told_from_any_segment_on_as_from_the_whole() -> None:
 def test_what_came_before_the_first_segment_is_told_as_not_recorded() -> None:
     cut = 0
     for report in campaign(range(6), Random):
-        log = folded(report.setting.config, report.history, None)
-        states = [Scheduler(report.setting.config).initial(), *(t.state for _, t in log)]
-        records, whole = recorded(log), Waits()
-        for record in records:
-            whole.see(record)
+        log, states, records, whole = told_whole(report)
         for request, truth in truths(log):
             if truth.last is None or truth.outcome == LOST or truth.last < truth.first + 2:
                 continue

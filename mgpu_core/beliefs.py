@@ -64,6 +64,8 @@ def _see(d: Draft, name: str, *, resident: bool, source: Source) -> None:
             return  # it is about to be cold-started: the promise holds until it is
         fresh = state.residency is not Residency.RESIDENT
         idle_since = d.at if fresh else state.idle_since
+        if state.residency is Residency.ABSENT:
+            d.update(name, leaky_mib=None)  # it was loaded since, though not by us
         d.move(name, Cause.SEEN_RESIDENT, source, idle_since=idle_since)
     elif state.cleared:
         return

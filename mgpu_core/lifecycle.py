@@ -2,7 +2,7 @@
 
 from attrs import evolve
 
-from mgpu_core.config import Config, in_order
+from mgpu_core.config import Config, Consumer, in_order
 from mgpu_core.draft import Draft
 from mgpu_core.effects import Probe
 from mgpu_core.events import Drain, Reconfigured, Resume, Shutdown, Started
@@ -101,7 +101,8 @@ def on_reconfigured(d: Draft, event: Reconfigured) -> None:
     """Take over a new configuration; who is no longer in it stays until nothing is left of it."""
     old, new = d.config, event.config
     kept = tuple(sorted(n for n in d.consumers if n not in new.consumers and _alive(d, n)))
-    consumers = {**new.consumers, **{name: old.consumers[name] for name in kept}}
+    staying = {name: _under_limit_of(new, old.consumers[name]) for name in kept}
+    consumers = {**new.consumers, **staying}
     d.configure(in_order(evolve(new, consumers=consumers)))
     d.retired = kept
     d.preload_due = tuple(name for name in d.preload_due if name in consumers)
@@ -114,6 +115,14 @@ def on_reconfigured(d: Draft, event: Reconfigured) -> None:
             d.do(Probe(consumer=name))
     d.consumers = states
     d.note("Reconfigured", retired=kept)
+
+
+def _under_limit_of(new: Config, staying: Consumer) -> Consumer:
+    """What a server may do at once is the server's: who stays there has the limit of the others."""
+    limits = [
+        one.server_concurrency for one in new.consumers.values() if one.server == staying.server
+    ]
+    return evolve(staying, server_concurrency=limits[0]) if limits else staying
 
 
 def retire(d: Draft) -> None:

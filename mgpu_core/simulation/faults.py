@@ -4,7 +4,9 @@ Rates are chances in a thousand: of a load, an unload, a probe, a sample, a job,
 of the last group, of each act in the script of a run (see `making`).
 """
 
-from attrs import fields, frozen
+from collections.abc import Mapping
+
+from attrs import evolve, fields, frozen
 
 from mgpu_core.simulation.chance import Chance, likely, pick
 
@@ -40,6 +42,11 @@ class Faults:
     reconfigured: int = 0
     broker_crashes: int = 0
     clock_stops: int = 0
+
+    def at_least(self, rates: Mapping[str, int]) -> "Faults":
+        return evolve(
+            self, **{name: max(rate, getattr(self, name)) for name, rate in rates.items()}
+        )
 
 
 CALM = Faults()

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from attrs import evolve, frozen
 
 from mgpu_core import events as ev
-from mgpu_core.config import SECOND_US, Config, Consumer, Driver, Gpu, config_of
+from mgpu_core.config import SECOND_US, Config, Consumer, Gpu, config_of
 from mgpu_core.simulation.chance import Chance, likely, pick
-from mgpu_core.simulation.faults import Faults
+from mgpu_core.simulation.faults import CALM, Faults, swarm
+from mgpu_core.simulation.themes import ANYTHING, THEMES, Theme, Way
 from mgpu_core.simulation.world import (
     CARD_MIB,
     Act,
@@ -23,26 +24,6 @@ NAMES = "abcdefghijkl"
 FOREVER_US = 10**6 * SECOND_US
 # The longest wait in a run that need not end by itself: the second phase lasts longer.
 LONGEST_WAIT_US = 600 * SECOND_US
-SIZES_MIB = (4_000, 9_000, 13_000, 18_000, 2_000, 23_000, 0)
-# How a service is loaded and unloaded: load route, unload route, driver.
-WAYS: tuple[tuple[bool, bool, Driver], ...] = (
-    (True, True, "none"),
-    (False, True, "none"),
-    (True, True, "none"),
-    (False, False, "process"),
-    (False, False, "systemd"),
-    (True, True, "systemd"),
-    (False, True, "systemd"),
-    (False, False, "none"),
-)
-# Of a server of several: with a stop all of them go.
-RACK_WAYS: tuple[tuple[bool, bool, Driver], ...] = (
-    (True, True, "systemd"),
-    (False, False, "process"),
-    (True, True, "none"),
-    (True, True, "systemd"),
-    (False, True, "systemd"),
-)
 
 
 @frozen(kw_only=True)
@@ -60,19 +41,30 @@ class Setting:
     calm: bool = False
 
 
-def draw_config(chance: Chance, *, fair: bool) -> Config:
-    cards = pick(chance, (1, 1, 1, 2, 3))
-    names = NAMES[: pick(chance, (3, 4, 2, 1, 5, 6, 8, 12, 0))]
+def draw_theme(chance: Chance) -> Theme:
+    return pick(chance, tuple(THEMES.values())) if likely(chance, 600) else ANYTHING
+
+
+def draw_faults(chance: Chance, theme: Theme) -> Faults:
+    """Draw what goes wrong; where a run has a theme, mostly that and nothing else."""
+    anything = swarm(chance)
+    alone = theme is not ANYTHING and likely(chance, 700)
+    return (CALM if alone else anything).at_least(theme.faults)
+
+
+def draw_config(chance: Chance, *, fair: bool, theme: Theme = ANYTHING) -> Config:
+    cards = pick(chance, theme.cards)
+    names = NAMES[: pick(chance, theme.consumers)]
     gpus = tuple(
         Gpu(
             index=index,
             total_mib=pick(chance, (24_000, 24_000, 24_000, 16_000 if not fair else 24_000, None)),
             cushion_mib=pick(chance, (256, 0, 3_000)),
-            max_parallel=pick(chance, (1, 1, 2, None)),
+            max_parallel=pick(chance, theme.parallel),
         )
         for index in range(cards)
     )
-    habits = _Habits.drawn(chance, names, fair=fair)
+    habits = _Habits.drawn(chance, names, theme, fair=fair)
     consumers = [_consumer(chance, name, cards, habits, fair=fair) for name in names]
     return config_of(
         *consumers,
@@ -101,67 +93,73 @@ class _Habits:
     would hardly ever be so. `rack` are those of the one server, and how it is loaded and stopped.
     """
 
+    theme: Theme
     sizes_mib: tuple[int, ...]
     friends: tuple[str, ...]
     rack: tuple[str, ...]
     rack_mib: tuple[int, ...]
-    way: tuple[bool, bool, Driver]
+    way: Way
     server_concurrency: int | None
 
     @classmethod
-    def drawn(cls, chance: Chance, names: Sequence[str], *, fair: bool) -> "_Habits":
-        rack = [name for name in names if likely(chance, 700)] if likely(chance, 500) else []
-        few = tuple(pick(chance, SIZES_MIB) for _ in range(2))
-        friends = [name for name in names if not fair and likely(chance, 300)]
-        sizes_mib = pick(chance, (SIZES_MIB, few, few[:1]))
+    def drawn(cls, chance: Chance, names: Sequence[str], theme: Theme, *, fair: bool) -> "_Habits":
+        racks = likely(chance, theme.rack)
+        rack = [name for name in names if likely(chance, theme.racked)] if racks else []
+        friends = [name for name in names if not fair and likely(chance, theme.friends)]
+        few = pick(chance, theme.few) or len(theme.sizes_mib)
+        sizes_mib = tuple(pick(chance, theme.sizes_mib) for _ in range(few))
         return cls(
+            theme=theme,
             sizes_mib=sizes_mib,
-            rack_mib=pick(chance, ((4_000, 9_000), sizes_mib)),  # small ones are in together
+            rack_mib=pick(chance, theme.rack_sizes_mib) or sizes_mib,
             friends=tuple(friends[:2]),
             rack=tuple(rack[:3]),
-            way=pick(chance, RACK_WAYS),
-            server_concurrency=pick(chance, (None, 2, 2, 1)),
+            way=pick(chance, theme.rack_ways),
+            server_concurrency=pick(chance, theme.rack_concurrency),
         )
 
 
 def _consumer(chance: Chance, name: str, cards: int, habits: _Habits, *, fair: bool) -> Consumer:
-    racked = name in habits.rack
-    drawn = pick(chance, WAYS[:-1] if fair else WAYS)
-    load_route, unload_route, driver = habits.way if racked else drawn
-    used = [g for g in range(cards) if likely(chance, 400)] or [chance.randint(0, cards - 1)]
-    if likely(chance, 60):
+    theme, racked = habits.theme, name in habits.rack
+    ways = [way for way in theme.ways if not fair or way[1] or way[2] != "none"]
+    load_route, unload_route, driver = habits.way if racked else pick(chance, ways)
+    each = [gpu for gpu in range(cards) if likely(chance, theme.on_each_card)]
+    used = each or [chance.randint(0, cards - 1)]
+    if likely(chance, theme.on_processor):
         used = []  # on the processor
     size = pick(chance, habits.rack_mib if racked else habits.sizes_mib)
-    friendly = habits.friends and likely(chance, 400)
+    friendly = habits.friends and likely(chance, theme.befriended)
     return Consumer(
         name=name,
         server="rack" if racked else name,
         server_concurrency=habits.server_concurrency if racked else None,
         vram_mib={gpu: min(size, 18_000) if fair else size for gpu in used},
-        vram_load_mib=pick(chance, (0, 0, 0, 11_000)),
+        vram_load_mib=pick(chance, theme.peaks_mib),
         vram_residue_mib=pick(chance, (0, 0, 400)),
-        vram_auto=likely(chance, 250) and (size > 0 or not fair),
-        vram_managed=not fair and likely(chance, 80),
+        vram_auto=likely(chance, theme.auto) and (size > 0 or not fair),
+        vram_managed=not fair and likely(chance, theme.managed),
         gpu_slot=not likely(chance, 150),
         load_route=load_route,
         unload_route=unload_route,
         driver=driver,
         can_coexist_with=tuple(one for one in habits.friends if one != name) if friendly else (),
         priority=pick(chance, (2, 2, 0, 4)),
-        max_concurrency=pick(chance, (2, 10, 1) if racked else (1, 1, 2, 10)),
-        max_pending=pick(chance, (64, 64, 3)),
-        pinned=not fair and likely(chance, 200 if racked else 80),
+        max_concurrency=pick(chance, (2, 10, 1) if racked else theme.concurrency),
+        max_pending=pick(chance, theme.max_pending),
+        pinned=not fair and likely(chance, theme.pinned_in_rack if racked else theme.pinned),
         preload=likely(chance, 200),
         idle_unload_us=pick(chance, (None, 20 * SECOND_US, None if not racked else 5 * SECOND_US)),
     )
 
 
-def draw_script(chance: Chance, config: Config, faults: Faults, *, acts: int) -> Script:
+def draw_script(
+    chance: Chance, config: Config, faults: Faults, *, acts: int, theme: Theme = ANYTHING
+) -> Script:
     """Draw who comes when, and what else happens; the waits between are short and long ones."""
     names = tuple(config.consumers) or ("nobody",)
     script: list[tuple[int, Act]] = []
     at = 500_000  # by then, the first probes have told what they can
-    hurry_us = pick(chance, (2_000, 500, 5_000, 200)) * 1_000
+    hurry_us = pick(chance, theme.hurry_ms) * 1_000
     # The more of them ask for one service, the more there are to overtake the others.
     liked, share = pick(chance, names), pick(chance, (0, 0, 300, 700))
     for _ in range(acts):
@@ -169,18 +167,19 @@ def draw_script(chance: Chance, config: Config, faults: Faults, *, acts: int) ->
         if likely(chance, 30):
             at += pick(chance, (30, 90)) * SECOND_US
         script += ((at + later, act) for later, act in _other_acts(chance, config, names, faults))
-        script.append((at, _ask(chance, (liked,) if likely(chance, share) else names, faults)))
+        asked = (liked,) if likely(chance, share) else names
+        script.append((at, _ask(chance, asked, faults, theme)))
     return tuple(sorted(script, key=lambda item: item[0]))
 
 
-def _ask(chance: Chance, names: Sequence[str], faults: Faults) -> Ask:
+def _ask(chance: Chance, names: Sequence[str], faults: Faults, theme: Theme) -> Ask:
     leaves = likely(chance, faults.client_leaves)
     return Ask(
         consumer=pick(chance, names),
         work_us=pick(chance, (1_000, 200, 5_000, 20_000)) * 1_000,
         priority=pick(chance, (None, None, None, 0, 2, 4)),
         patience_us=pick(chance, (chance.randint(0, 100) * 200_000, 2_000_000)) if leaves else None,
-        deadline_us=_deadline_us(chance) if likely(chance, 80) else None,
+        deadline_us=_deadline_us(chance) if likely(chance, theme.deadlines) else None,
     )
 
 
@@ -255,24 +254,35 @@ def draw_changed(chance: Chance, config: Config) -> Config:
 
 
 def draw_setting(
-    chance: Chance, faults: Faults, *, fair: bool, acts: int, config: Config | None = None
+    chance: Chance,
+    faults: Faults,
+    *,
+    fair: bool,
+    acts: int,
+    config: Config | None = None,
+    theme: Theme = ANYTHING,
 ) -> Setting:
     """Draw a run; with a configuration of somebody's own, what happens to that."""
     if config is None:
-        config = draw_config(chance, fair=fair)
+        config = draw_config(chance, fair=fair, theme=theme)
     else:
         fair = fair and not unfair_because(config)
         config = own_reading(config, fair=fair)
     if fair and any(one.vram_auto for one in config.consumers.values()):
         # What a stranger takes during a load is measured as its own, and may never fit again.
         faults = evolve(faults, foreign=0, sample_wrong=0)
-    script = draw_script(chance, config, faults, acts=acts)
-    replayed = pick(chance, (True, False, False))
+    script = draw_script(chance, config, faults, acts=acts, theme=theme)
+    replayed = likely(chance, theme.replayed)
     return Setting(config=config, script=script, faults=faults, fair=fair, replayed=replayed)
 
 
 def draw_calm(
-    chance: Chance, faults: Faults, *, acts: int, config: Config | None = None
+    chance: Chance,
+    faults: Faults,
+    *,
+    acts: int,
+    config: Config | None = None,
+    theme: Theme = ANYTHING,
 ) -> Setting:
     """Draw a fair run in which nothing goes wrong; a client may leave.
 
@@ -280,13 +290,13 @@ def draw_calm(
     can't be held to its sizes has an ordinary run.
     """
     if config is not None and (unfair_because(config) or not _is_plain(config)):
-        return draw_setting(chance, faults, fair=False, acts=acts, config=config)
-    plain = _plain(draw_config(chance, fair=True)) if config is None else config
-    plain = own_reading(plain, fair=True)
+        return draw_setting(chance, faults, fair=False, acts=acts, config=config, theme=theme)
+    drawn = draw_config(chance, fair=True, theme=theme)
+    plain = own_reading(_plain(drawn) if config is None else config, fair=True)
     # Whose client leaves may load on, and nobody knows for how long.
     lazy = any(one.lazy for one in plain.consumers.values())
     calm = Faults(client_leaves=0 if lazy else faults.client_leaves)
-    script = draw_script(chance, plain, calm, acts=acts)
+    script = draw_script(chance, plain, calm, acts=acts, theme=theme)
     later = tuple((at + SECOND_US, act) for at, act in script)
     return Setting(config=plain, script=later, faults=calm, fair=True, calm=True)
 

@@ -170,8 +170,17 @@ def _takes(step: Step, request: str, waiting: Ticket) -> bool:
     seen = any(note.details.get("new") == "resident" for note in _moves(step, consumer.name))
     order = step.books.orders.get(consumer.name)
     loaded = order is not None and order.kind == "load"  # what it needs is taken by now
-    was_in = _is_in(step.before, consumer.name) or first != request or seen or loaded
+    known = seen or loaded or _has_worked(step, consumer.name)
+    was_in = _is_in(step.before, consumer.name) or first != request or known
     return _takes_memory(step, consumer, mine, was_in=was_in)
+
+
+def _has_worked(step: Step, name: str) -> bool:
+    """Its work ended well just now, which shows that it is in."""
+    match step.event:
+        case ev.ServeDone(request=request, outcome="ok"):
+            return step.books.jobs.get(request) == name
+    return False
 
 
 def _moves(step: Step, name: str) -> list[Note]:
@@ -291,15 +300,14 @@ def _still_held(step: Step, target: str, gpu: int) -> int:
 def spared(step: Step) -> Iterator[str]:
     """P4: never unload what serves, is busy, loads, is owed, pinned, managed or protected.
 
-    An operator may: by force whatever it is, and by name what is pinned or managed.
+    An operator may: by force whatever he names, and by name what is pinned or managed.
     """
-    forced = isinstance(step.event, ev.Unload) and step.event.force
     for unload in step.unloads:
         asked = unload.consumer in step.now.leaving
         named = step.now.leaving.get(unload.consumer, False)
         target = next((s for s in step.after.swaps.values() if s.epoch == unload.epoch), None)
         for name in step.going(unload):
-            if forced or step.before.consumers.get(name) is None:
+            if _is_forced(step, name) or step.before.consumers.get(name) is None:
                 continue
             for what in _claims(step, name, unload):
                 yield f"{name} is unloaded, though it {what}"
@@ -307,6 +315,11 @@ def spared(step: Step) -> Iterator[str]:
                 yield f"{name} is unloaded, though it is pinned or managed"
             if target and name in step.consumer(target.target).can_coexist_with:
                 yield f"{name} is unloaded for {target.target}, beside which it may stay"
+
+
+def _is_forced(step: Step, name: str) -> bool:
+    event = step.event
+    return isinstance(event, ev.Unload) and event.force and name in (event.consumers or (name,))
 
 
 def _claims(step: Step, name: str, unload: fx.StartUnload) -> Iterator[str]:
@@ -487,7 +500,8 @@ def _was_in(step: Step, name: str) -> bool:
     belief = step.before.consumers.get(name)
     if belief is not None and belief.residency is Residency.RESIDENT:
         return True
-    return isinstance(step.event, ev.ProbeResult | ev.Reconfigured | ev.GpuSample | ev.SwapDone)
+    told = isinstance(step.event, ev.ProbeResult | ev.Reconfigured | ev.GpuSample | ev.SwapDone)
+    return told or _has_worked(step, name)
 
 
 def _rooms(step: Step, name: str, gpu: int, starting: list[str]) -> list[int]:
@@ -604,6 +618,10 @@ def _holders(step: Step, gpu: int) -> set[str]:
     return {n for n in names if step.consumer(n).gpu_slot and gpu in step.consumer(n).vram_mib}
 
 
+# What is known or under way that a new run must find out, or begin, by itself.
+OF_ONE_RUN = ("cards", "promises", "swaps", "owed", "overtaken", "overtaken_high", "reasons")
+
+
 def a_new_run(step: Step) -> Iterator[str]:
     """P12: a new run starts with nothing of the old one, looks at everything, reuses no epoch."""
     state = step.after
@@ -620,6 +638,8 @@ def a_new_run(step: Step) -> Iterator[str]:
     clients = [n for n, r in state.requests.items() if r.operator is None]
     if clients or state.serving or step.served:
         yield f"a new run begins with {clients} of the old one"
+    if kept := [name for name in OF_ONE_RUN if getattr(state, name)]:
+        yield f"a new run begins with {', '.join(kept)} of the old one"
     asked = {effect.consumer for effect in step.effects if isinstance(effect, fx.Probe)}
     if asked != set(state.consumers) or fx.SampleGpu() not in step.effects:
         yield f"a new run asks only {sorted(asked)} how they are"
@@ -640,8 +660,9 @@ def _known_epoch(step: Step, epoch: int) -> bool:
 def nobody_waits_for_nothing(step: Step) -> Iterator[str]:
     """P14: nothing waits that could be served, or whose swap could start.
 
-    Not looked at: while somebody is promoted. A swap counts as possible only in plain cases:
-    nothing else moves or is promised, and there is room, or enough idle ones could go.
+    Not looked at: while somebody is promoted who could be helped. A swap counts as possible only
+    in plain cases: nothing else moves or is promised, and there is room, or enough idle ones could
+    go.
     """
     state = step.after
     if state.stopping or _anybody_promoted(state):
@@ -660,11 +681,14 @@ def nobody_waits_for_nothing(step: Step) -> Iterator[str]:
 
 
 def _anybody_promoted(state: State) -> bool:
+    """One whom holding back can help: others do not wait for who is beyond that."""
     bound = state.config.overtake_bound
-    return bound is not None and (
-        any(count >= bound for count in state.overtaken.values())
-        or any(count >= 2 * bound for count in state.overtaken_high.values())
-    )
+    if bound is None:
+        return False
+    promoted = {name for name, count in state.overtaken.items() if count >= bound}
+    promoted |= {name for name, count in state.overtaken_high.items() if count >= 2 * bound}
+    reasons = (state.reasons.get(name) for name in promoted)
+    return any(reason is None or reason.why not in BEYOND_HELP for reason in reasons)
 
 
 def _hindered(step: Step, consumer: Consumer) -> bool:

@@ -27,7 +27,13 @@ from mgpu_core.planners import Planner
 from mgpu_core.scheduler import Scheduler, Transition
 from mgpu_core.simulation.chance import Chance
 from mgpu_core.simulation.faults import CALM, Faults, swarm
-from mgpu_core.simulation.making import Setting, draw_calm, draw_setting
+from mgpu_core.simulation.making import (
+    Setting,
+    draw_calm,
+    draw_faults,
+    draw_setting,
+    draw_theme,
+)
 from mgpu_core.simulation.oracles import Judge, Violation
 from mgpu_core.simulation.planning import Watched, told
 from mgpu_core.simulation.reach import labels
@@ -379,11 +385,13 @@ def campaign(
     """
     for seed in seeds:
         chance = chance_of(seed)
-        faults = swarm(chance)
+        theme = draw_theme(chance)
+        faults = draw_faults(chance, theme)
         if seed % CALM_EVERY == CALM_EVERY - 1:
-            setting = draw_calm(chance, faults, acts=acts, config=config)
+            setting = draw_calm(chance, faults, acts=acts, config=config, theme=theme)
         else:
-            setting = draw_setting(chance, faults, fair=seed % 2 == 0, acts=acts, config=config)
+            fair = seed % 2 == 0
+            setting = draw_setting(chance, faults, fair=fair, acts=acts, config=config, theme=theme)
         yield evolve(play_setting(setting, chance_of(seed), planner), seed=seed)
 
 

@@ -512,7 +512,7 @@ class World:
             self._lost.append((self.runs, kind, fields))
             return None
         if self._fault("answered_twice"):
-            again_us = pick(self.chance, (SECOND_US, 0, 10 * SECOND_US, 40 * SECOND_US))
+            again_us = pick(self.chance, (1, 0, self.chance.randint(1, 60))) * SECOND_US
             self._in(again_us, self._arrive, self.runs, kind, fields)
         if self._fault("answered_late"):
             late_us = self.chance.randint(1, 30) * 100 * MS_US

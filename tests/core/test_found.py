@@ -1,5 +1,7 @@
 """Defects that tests over HTTP found in the core, each on the shortest history that showed it."""
 
+from attrs import evolve
+
 from mgpu_core.config import SECOND_US, Gpu
 from tests.core.driver import Core, lazy, service
 
@@ -239,3 +241,32 @@ def test_who_refused_connections_for_a_moment_may_hold_its_memory_still() -> Non
     core.probe("a")
     assert core.request("r2", "b") == []
     assert [core.wait(5) + core.sample(free=4_000) for _ in range(2)] == [[], ["unload a"]]
+
+
+def test_who_left_the_configuration_is_held_to_the_new_limit_of_its_server() -> None:
+    """a is gone from the file and works on; then its server may do as much as it likes."""
+    a, b = (service(name, 2_000, server="s", server_concurrency=2) for name in "ab")
+    wide = (Gpu(total_mib=15_000, max_parallel=None),)
+    core = Core(a, b, gpus=wide)
+    core.sample(free=10_000)
+    core.request("r1", "a")
+    core.reconfigure(b, gpus=wide)
+    assert core.request("r2", "b") == ["serve r2"]
+    core.reconfigure(evolve(b, server_concurrency=None), gpus=wide)
+    assert core.state.config.consumers["a"].server_concurrency is None
+
+
+def test_who_was_seen_out_and_is_in_again_is_no_longer_leaky() -> None:
+    """Its next load clears the mark, also one that we gave up, or never asked for."""
+    core = Core(service("a", 11_000), service("b", 8_000), gpus=CARD, absent=["b"])
+    core.sample(free=4_000)
+    core.request("r1", "b")
+    core.unloaded("a")
+    for _ in range(4):
+        core.wait(3)
+        core.sample(free=4_000)
+    assert core.state.consumers["a"].leaky_mib == 0
+    core.probe("a", resident=False)
+    assert core.state.consumers["a"].leaky_mib == 0
+    assert core.probe("a", resident=True) == ["unload a"]
+    assert core.state.consumers["a"].leaky_mib is None

@@ -22,7 +22,7 @@ from mgpu_core.state import Phase, Source
 from mgpu_core.swaps import forget
 from mgpu_core.transitions import Cause
 
-SEEDS = range(60)
+SEEDS = range(300)
 Change = Callable[[], AbstractContextManager[Any]]
 
 

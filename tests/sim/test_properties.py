@@ -33,7 +33,7 @@ PROFILE = settings(
 CHANCE = st.randoms(use_true_random=False)
 # Enough that every label of `reach` is reached; in the last one, what hardly ever happens: a cold
 # start is given up.
-SEEDS = (*range(120), 367)
+SEEDS = (*range(120), 228)
 
 
 def told(report: Report) -> str:

@@ -1,0 +1,674 @@
+"""A log taken apart: what came from outside, and how long everything took. The simulated host can
+live through that again, under another configuration as well.
+
+    recorder = Recorder(state)  # of the first header of a run
+    for record in records:
+        recorder.see(record)
+    recording = recorder.recording()
+
+Only what is seen in events and effects is used, nothing is decided anew. What a log can't tell is
+replaced by something usual, and `Recording.remarks` says so.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, combinations
+from statistics import median
+from typing import TypeAlias
+
+from attrs import Factory, define, field, frozen
+
+from mgpu_core import effects as fx
+from mgpu_core import events as ev
+from mgpu_core.codec import decode_effect, decode_event
+from mgpu_core.config import SECOND_US, Config, Consumer
+from mgpu_core.replay import Record
+from mgpu_core.simulation.measures import Meter
+from mgpu_core.simulation.world import (
+    MS_US,
+    Act,
+    Ask,
+    Busy,
+    Deed,
+    Foreign,
+    Script,
+    Tape,
+    Took,
+    Traits,
+    Turns,
+)
+from mgpu_core.state import Phase, Residency, State, assumed_residency, first_belief
+
+IN = Residency.RESIDENT
+# Somebody else's memory goes up and down all the time: less than this is no news.
+NOISE_MIB = 32
+# An unload that has not shown in the readings by then leaves its memory to somebody else.
+FREED_WITHIN_US = 60 * SECOND_US
+# Of more than that at once nobody tries to tell whose memory it is that came free.
+FREEING_AT_MOST = 8
+# Who waits when the log ends leaves then, or just after what its last event brings about.
+LAST_US = 100 * MS_US
+# What ended a load or unload that somebody else cut short says nothing of how long it takes.
+CUT_SHORT = {"aborted", "cancelled"}
+USUAL_WORK_US = SECOND_US
+USUAL: Mapping[Deed, Took] = {
+    "load": Took(us=3 * SECOND_US),
+    "start": Took(us=3 * SECOND_US),
+    "unload": Took(us=200 * MS_US),
+    "stop": Took(us=SECOND_US),
+}
+OPERATED = (ev.Unload, ev.Load, ev.Pin, ev.Drain, ev.Resume, ev.Reconfigured, ev.Shutdown)
+Key: TypeAlias = tuple[str, str, int]
+
+
+@frozen(kw_only=True)
+class Recording:
+    """One run of a broker as the simulated host needs it. `config`: the one that it began with.
+
+    `asked`: how often for whom. `cards_mib`: how large the cards are, as far as they could be read.
+    """
+
+    config: Config
+    state: State
+    start_us: int
+    end_us: int
+    script: Script
+    traits: Mapping[str, Traits]
+    usual: Traits
+    cards_mib: Mapping[int, int]
+    sample_ms: int
+    asked: Mapping[str, int]
+    remarks: tuple[str, ...]
+
+    @property
+    def reconfigured(self) -> int:
+        """How often the broker took over another configuration meanwhile."""
+        return sum(isinstance(act, ev.Reconfigured) for _, act in self.script)
+
+
+@define(kw_only=True)
+class _Asked:
+    """One request, as far as it has come."""
+
+    event: ev.Request
+    granted: int | None = None
+    cold: bool = False
+    work_us: int | None = None
+    outcome: ev.Outcome = "ok"
+    patience_us: int | None = None
+    over: bool = False
+
+
+@define(kw_only=True)
+class _Command:
+    """A load or unload under way; `number`: which of its consumer's."""
+
+    consumer: str
+    deed: Deed
+    since: int
+    number: int
+
+
+@define(kw_only=True)
+class _Freeing:
+    """Memory that was unloaded, by card, and that no reading has shown as free yet."""
+
+    consumer: str
+    deed: Deed
+    number: int
+    since: int
+    looked: int
+    mib: Mapping[int, int]
+
+
+@define(kw_only=True)
+class _Seen:
+    """One consumer, as the log shows it."""
+
+    consumer: Consumer
+    up: bool
+    loaded: bool
+    # How it was before anything happened to it; None: nothing has, and nobody has told.
+    at_first: Turns | None = None
+    leaves_residue: bool = False
+    starter: str | None = None
+    serving: set[str] = field(factory=set)
+    touched: int = -1
+    last_done: int = -1
+    failures: int = 0
+    busy_since: int | None = None
+    measured_mib: int | None = None
+    tells: Counter[str] = field(factory=Counter)
+    mute_at_work: bool = False
+    probe_us: int = 0
+    probes: int = 0
+    deeds: dict[Deed, list[Took | None]] = Factory(lambda: {deed: [] for deed in USUAL})
+
+    def held_mib(self, gpu: int) -> int:
+        """What it holds on a card now, as configured or measured."""
+        if self.consumer.vram_managed or not self.consumer.vram_mib:
+            return 0
+        declared = self.consumer.vram_mib.get(gpu, 0)
+        full = declared or (self.measured_mib or 0 if self.consumer.vram_auto else 0)
+        if self.loaded:
+            return full
+        return min(full, self.consumer.vram_residue_mib) if self.leaves_residue else 0
+
+
+class Recorder:
+    """Takes one run of a broker in, event by event; `meter` is shown them as well."""
+
+    def __init__(self, state: State, meter: Meter | None = None) -> None:
+        self._meter = meter or Meter()
+        self._state = state
+        self._config = state.config
+        self._start = self._end = state.at
+        self._begun = False
+        self._seen: dict[str, _Seen] = {}
+        self._asked: dict[str, _Asked] = {}
+        self._script: list[tuple[int, Act]] = []
+        self._commands: dict[Key, _Command] = {}
+        # When the last command of each server was over: the next one began no earlier.
+        self._lanes: dict[str, int] = {}
+        self._freeing: list[_Freeing] = []
+        self._foreign: dict[int, int] = {}
+        self._used: dict[int, int] = {}
+        self._moved: dict[int, int] = {}
+        self._cards_mib: dict[int, int] = {}
+        self._samples = self._sample_us = self._unread = 0
+        self._remarks: list[str] = []
+
+    def see(self, record: Record) -> None:
+        """Take the next event. Raises CodecError."""
+        event = decode_event(record.event, record.at)
+        effects = [decode_effect(effect) for effect in record.effects]
+        if not self._begun:
+            self._begin(event)
+        self._end = max(self._end, event.at)
+        self._meter.take(event.at, event, effects)
+        self._take(event)
+        for effect in effects:
+            self._decided(effect, event.at)
+        for note in record.notes:
+            if note["type"] == "Measured" and note["consumer"] in self._seen:
+                self._seen[note["consumer"]].measured_mib = note["measured_mib"]
+
+    # ------------------------------------------------------------------------- the beginning
+
+    def _begin(self, event: ev.Event) -> None:
+        self._begun = True
+        fresh = isinstance(event, ev.Started)
+        self._start = self._end = event.at if fresh else self._state.at
+        for name, consumer in self._config.consumers.items():
+            known = self._state.consumers[name]
+            belief = first_belief(consumer) if fresh else known
+            self._seen[name] = _Seen(
+                consumer=consumer,
+                up=not belief.refused and not belief.unreachable,
+                loaded=belief.residency is IN,
+                measured_mib=known.measured_mib,
+                leaves_residue=not fresh and belief.residency is Residency.ABSENT,
+            )
+        if not fresh:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """The log begins in mid-run: who is on the way comes at its beginning."""
+        state, at = self._state, self._start
+        for name, known in state.consumers.items():
+            if known.pinned is not None:
+                self._script.append((0, ev.Pin(at=at, consumer=name, pinned=known.pinned)))
+        ahead = [one for one in state.requests.values() if one.operator is None]
+        for one in sorted(ahead, key=lambda one: (one.phase is not Phase.SERVING, one.arrival)):
+            event = ev.Request(
+                at=at,
+                request=one.request,
+                consumer=one.consumer,
+                kind=one.kind,
+                priority=one.priority,
+                deadline=one.deadline,
+            )
+            self._take(event)
+            granted = one.phase is Phase.SERVING
+            effects = [fx.Serve(request=one.request, consumer=one.consumer)] if granted else []
+            self._meter.take(at, event, effects)
+            for effect in effects:
+                self._decided(effect, at)
+        for name, known in state.consumers.items():
+            if (doing := known.operation) is not None:
+                deed: Deed = "stop" if doing.how == "driver" else doing.kind
+                self._order(name, doing.epoch, deed, at)
+        if ahead:
+            self._remarks.append(
+                f"{len(ahead)} requests were on the way when the log begins: they count from there"
+            )
+
+    # --------------------------------------------------------------------------------- events
+
+    def _take(self, event: ev.Event) -> None:
+        match event:
+            case ev.Request():
+                self._asked.setdefault(event.request, _Asked(event=event))
+            case ev.Cancel():
+                self._leave(event)
+            case ev.ServeDone():
+                self._done(event)
+            case ev.SwapDone() | ev.UnloadDone():
+                self._ended(event)
+            case ev.GpuSample():
+                self._read(event)
+            case ev.ProbeResult() if event.consumer in self._seen:
+                self._probed(self._seen[event.consumer], event)
+            case _ if isinstance(event, OPERATED):
+                self._operate(event)
+
+    def _operate(self, event: ev.Event) -> None:
+        self._script.append((event.at - self._start, event))
+        if isinstance(event, ev.Reconfigured):
+            self._config = event.config
+            for name, consumer in event.config.consumers.items():
+                belief = first_belief(consumer)
+                seen = self._seen.setdefault(
+                    name,
+                    _Seen(consumer=consumer, up=not belief.refused, loaded=belief.residency is IN),
+                )
+                seen.consumer = consumer
+
+    def _leave(self, event: ev.Cancel) -> None:
+        asked = self._asked.get(event.request)
+        if asked is not None and asked.granted is None and not asked.over:
+            asked.patience_us = event.at - asked.event.at
+            asked.over = True
+
+    def _done(self, event: ev.ServeDone) -> None:
+        asked = self._asked.get(event.request)
+        if asked is None or asked.granted is None or asked.over:
+            return
+        asked.work_us, asked.outcome, asked.over = event.at - asked.granted, event.outcome, True
+        seen = self._seen[asked.event.consumer]
+        seen.serving.discard(event.request)
+        seen.touched = seen.last_done = event.at
+        if seen.starter == event.request:
+            seen.starter = None
+            self._move(seen, event.at)
+
+    # -------------------------------------------------------------------------------- effects
+
+    def _decided(self, effect: fx.Effect, at: int) -> None:
+        match effect:
+            case fx.Serve() if effect.request in self._asked:
+                self._serve(self._asked[effect.request], at)
+            case fx.Reject() if effect.request in self._asked:
+                self._asked[effect.request].over = True
+            case fx.StartLoad():
+                self._order(effect.consumer, effect.epoch, "load", at)
+            case fx.StartUnload():
+                deed: Deed = "stop" if effect.how == "driver" else "unload"
+                self._order(effect.consumer, effect.epoch, deed, at)
+
+    def _serve(self, asked: _Asked, at: int) -> None:
+        seen, request = self._seen[asked.event.consumer], asked.event.request
+        self._fix(seen)
+        asked.granted = at
+        seen.serving.add(request)
+        if not seen.loaded:
+            asked.cold, seen.loaded, seen.starter = True, True, request
+            self._unwatch(seen)
+            self._move(seen, at)
+
+    def _order(self, name: str, epoch: int, deed: Deed, at: int) -> None:
+        seen = self._seen[name]
+        self._fix(seen)
+        self._move(seen, at)
+        if deed == "load":
+            self._unwatch(seen)
+        number = len(seen.deeds[deed])
+        seen.deeds[deed].append(None)
+        key = ("load" if deed == "load" else "unload", name, epoch)
+        self._commands[key] = _Command(consumer=name, deed=deed, since=at, number=number)
+
+    def _ended(self, event: ev.SwapDone | ev.UnloadDone) -> None:
+        loads = isinstance(event, ev.SwapDone)
+        command = self._commands.pop(
+            ("load" if loads else "unload", event.consumer, event.epoch), None
+        )
+        if command is None:
+            return
+        seen = self._seen[event.consumer]
+        server = seen.consumer.server
+        us = event.at - max(command.since, self._lanes.get(server, 0))
+        self._lanes[server] = event.at
+        if event.error not in CUT_SHORT:
+            seen.deeds[command.deed][command.number] = Took(us=us, error=event.error)
+        self._move(seen, event.at)
+        if loads:
+            seen.loaded = event.error is None and (seen.loaded or not seen.consumer.lazy)
+            seen.up = seen.up or event.error is None
+        elif event.error is None:
+            self._unloaded(seen, command, event.at)
+
+    def _unloaded(self, seen: _Seen, command: _Command, at: int) -> None:
+        before = {gpu: seen.held_mib(gpu) for gpu in seen.consumer.vram_mib}
+        stops = command.deed == "stop"
+        for one in self._of_server(seen) if stops else (seen,):
+            one.loaded, one.starter, one.touched = False, None, at
+            one.leaves_residue = not stops
+            one.up = one.up and not stops
+        gone = {gpu: mib - seen.held_mib(gpu) for gpu, mib in before.items()}
+        if any(gone.values()) and self._used:
+            self._freeing.append(
+                _Freeing(
+                    consumer=command.consumer,
+                    deed=command.deed,
+                    number=command.number,
+                    since=at,
+                    looked=at,
+                    mib=gone,
+                )
+            )
+
+    def _of_server(self, seen: _Seen) -> Sequence[_Seen]:
+        return [one for one in self._seen.values() if one.consumer.server == seen.consumer.server]
+
+    def _unwatch(self, seen: _Seen) -> None:
+        """It takes memory again: nobody can see any more when the last was free."""
+        self._freeing = [one for one in self._freeing if one.consumer != seen.consumer.name]
+
+    def _move(self, seen: _Seen, at: int) -> None:
+        seen.touched = at
+        for gpu in seen.consumer.vram_mib:
+            self._moved[gpu] = at
+
+    # ------------------------------------------------------------------------------- the cards
+
+    def _read(self, sample: ev.GpuSample) -> None:
+        if sample.error is not None or not sample.gpus:
+            self._unread += 1
+            return
+        self._samples += 1
+        self._sample_us += sample.at - sample.taken
+        used = {reading.index: reading.used_mib for reading in sample.gpus}
+        if not self._cards_mib:
+            self._disbelieve(used)
+        self._cards_mib |= {reading.index: reading.total_mib for reading in sample.gpus}
+        self._see_freed(sample.taken, used)
+        self._used |= used
+        for gpu, mib in used.items():
+            if not self._moving(gpu, sample.taken):
+                ours = sum(seen.held_mib(gpu) for seen in self._seen.values())
+                self._others(gpu, max(0, mib - ours), sample.taken)
+
+    def _disbelieve(self, used: Mapping[int, int]) -> None:
+        """Who is only taken to be loaded is not, where the first reading shows too little."""
+        for gpu, mib in used.items():
+            taken = [one for one in self._seen.values() if one.loaded and one.held_mib(gpu)]
+            if sum(one.held_mib(gpu) for one in taken) > mib:
+                for one in taken:
+                    one.loaded = one.at_first is not None and one.loaded
+
+    def _see_freed(self, taken: int, used: Mapping[int, int]) -> None:
+        """It was free some time between the last reading without and the first with it."""
+        looked = [one for one in self._freeing if one.since < taken][:FREEING_AT_MOST]
+        if not looked:
+            return
+        fell = {gpu: self._used.get(gpu, mib) - mib for gpu, mib in used.items()}
+        freed = min(_subsets(looked), key=lambda some: _unexplained_mib(fell, some))
+        for one in looked:
+            deeds = self._seen[one.consumer].deeds[one.deed]
+            took = deeds[one.number]
+            if one in freed and took is not None:
+                lag_us = (one.looked + taken) // 2 - one.since
+                deeds[one.number] = Took(us=took.us, error=took.error, frees_us=lag_us)
+            one.looked = taken
+        self._freeing = [
+            one for one in self._freeing if one not in freed and taken - one.since < FREED_WITHIN_US
+        ]
+
+    def _moving(self, gpu: int, taken: int) -> bool:
+        """Something loads or unloads there, so that nobody can tell what is whose."""
+        moving = {command.consumer for command in self._commands.values()}
+        moving |= {one.consumer for one in self._freeing}
+        return taken <= self._moved.get(gpu, -1) or any(
+            gpu in seen.consumer.vram_mib and (seen.starter is not None or name in moving)
+            for name, seen in self._seen.items()
+        )
+
+    def _others(self, gpu: int, mib: int, at: int) -> None:
+        last = self._foreign.get(gpu)
+        if last is None:
+            self._script.append((0, Foreign(gpu=gpu, mib=mib)))
+        elif abs(mib - last) >= NOISE_MIB:
+            self._script.append((at - self._start, Foreign(gpu=gpu, mib=mib)))
+        else:
+            return
+        self._foreign[gpu] = mib
+
+    # --------------------------------------------------------------------------------- probes
+
+    def _probed(self, seen: _Seen, probe: ev.ProbeResult) -> None:
+        server = self._of_server(seen)
+        names = {one.consumer.name for one in server}
+        doing = any(command.consumer in names for command in self._commands.values())
+        if not probe.healthy:
+            self._no_answer(seen, probe, doing=doing)
+            return
+        seen.failures = 0
+        seen.probes += 1
+        seen.probe_us += probe.at - probe.taken
+        seen.tells["residency"] += probe.resident is not None
+        seen.tells["busy"] += probe.busy is not None
+        seen.tells["vram"] += probe.vram_mib is not None
+        if not doing and not seen.serving and probe.taken > seen.touched:
+            loaded = probe.resident
+            if loaded is None and not seen.up:
+                loaded = assumed_residency(seen.consumer) is IN
+            self._found(seen, probe.taken, up=True, loaded=loaded)
+            self._busy(seen, probe)
+            if probe.vram_mib and seen.loaded:
+                seen.measured_mib = probe.vram_mib
+
+    def _no_answer(self, seen: _Seen, probe: ev.ProbeResult, *, doing: bool) -> None:
+        worked = any(one.serving or one.last_done >= probe.taken for one in self._of_server(seen))
+        if probe.failure == "timeout" and worked:
+            seen.mute_at_work = True
+        elif not doing and probe.taken > seen.touched:
+            seen.failures += 1
+            if probe.failure == "refused" or seen.failures >= self._config.probe_failures:
+                self._found(seen, probe.taken, up=False, loaded=False)
+
+    def _found(self, seen: _Seen, at: int, *, up: bool, loaded: bool | None) -> None:
+        """A service is as nobody here has made it."""
+        loaded = seen.loaded if loaded is None else loaded
+        news = (up, loaded) != (seen.up, seen.loaded)
+        seen.up, seen.loaded = up, loaded
+        if seen.at_first is None:
+            self._fix(seen)
+        elif news:
+            self._script.append((at - self._start, self._as_it_is(seen)))
+            self._move(seen, at)
+
+    def _fix(self, seen: _Seen) -> None:
+        """What is known by now is how it was at first."""
+        if seen.at_first is None:
+            seen.at_first = self._as_it_is(seen)
+
+    def _as_it_is(self, seen: _Seen) -> Turns:
+        return Turns(consumer=seen.consumer.name, up=seen.up, loaded=seen.loaded)
+
+    def _busy(self, seen: _Seen, probe: ev.ProbeResult) -> None:
+        """Somebody works with it past the broker, from the probe that says so to the next."""
+        if probe.busy and seen.busy_since is None:
+            seen.busy_since = probe.taken
+        elif not probe.busy and seen.busy_since is not None:
+            self._was_busy(seen, probe.taken)
+
+    def _was_busy(self, seen: _Seen, until: int) -> None:
+        assert seen.busy_since is not None
+        us = max(1, until - seen.busy_since - MS_US)
+        offset = seen.busy_since - self._start
+        self._script.append((offset, Busy(consumer=seen.consumer.name, us=us)))
+        seen.busy_since = None
+
+    # -------------------------------------------------------------------------------- the end
+
+    def recording(self) -> Recording:
+        """Give what came together."""
+        for seen in self._seen.values():
+            self._fix(seen)
+            if seen.busy_since is not None:
+                self._was_busy(seen, self._end)
+        works = _Works(self._asked.values())
+        asks = [
+            (one.event.at - self._start, works.ask(one, self._end)) for one in self._asked.values()
+        ]
+        first = [(0, seen.at_first) for seen in self._seen.values() if seen.at_first is not None]
+        usual = self._usual(works)
+        self._remark(works)
+        return Recording(
+            config=self._state.config,
+            state=self._state,
+            start_us=self._start,
+            end_us=self._end,
+            script=(*first, *sorted([*self._script, *asks], key=lambda item: item[0])),
+            traits={
+                name: self._traits(seen, works.starts.get(name, []), usual)
+                for name, seen in self._seen.items()
+            },
+            usual=Traits(
+                spread=(10, 10), tapes={deed: Tape(then=took) for deed, took in usual.items()}
+            ),
+            cards_mib=dict(self._cards_mib),
+            sample_ms=_ms(self._sample_us, self._samples),
+            asked=Counter(one.event.consumer for one in self._asked.values()),
+            remarks=tuple(self._remarks),
+        )
+
+    def _usual(self, works: "_Works") -> dict[Deed, Took]:
+        """How each deed usually went, whoever did it."""
+        took: dict[Deed, list[Took | None]] = {
+            deed: [one for seen in self._seen.values() for one in seen.deeds[deed]]
+            for deed in USUAL
+        }
+        took["start"] = [one for starts in works.starts.values() for one in starts]
+        return {deed: _middle(took[deed]) or then for deed, then in USUAL.items()}
+
+    def _traits(self, seen: _Seen, starts: list[Took], usual: Mapping[Deed, Took]) -> Traits:
+        deeds: dict[Deed, list[Took | None]] = {**seen.deeds, "start": [*starts]}
+        own = {deed: _middle(took) for deed, took in deeds.items()}
+        # A first request brings it in about as fast as a load does; a stop is no unload.
+        own["load"] = own["load"] or own["start"]
+        own["start"] = own["start"] or own["load"]
+        tapes: dict[Deed, Tape] = {}
+        for deed, took in deeds.items():
+            then = own[deed] or usual[deed]
+            tapes[deed] = Tape(takes=tuple(one or then for one in took), then=then)
+        return Traits(
+            spread=(10, 10),
+            tells_residency=seen.tells["residency"] > 0,
+            tells_busy=seen.tells["busy"] > 0,
+            tells_vram=seen.tells["vram"] > 0,
+            mute_at_work=seen.mute_at_work,
+            unknown_mib=seen.measured_mib or 0,
+            probe_ms=(_ms(seen.probe_us, seen.probes),) * 2,
+            tapes=tapes,
+        )
+
+    def _remark(self, works: "_Works") -> None:
+        """Say what the log does not tell, and what is taken instead."""
+        took = [one for seen in self._seen.values() for all_ in seen.deeds.values() for one in all_]
+        waited = sum(one.granted is None and not one.over for one in self._asked.values())
+        served = sum(one.granted is not None and not one.over for one in self._asked.values())
+        told = (
+            (took.count(None), "loads and unloads were cut short or never ended: a usual time"),
+            (waited, "requests still waited when the log ended: they leave then"),
+            (served, "requests were still served when the log ended: the usual time, or longer"),
+            (works.unserved, "requests were never served: their work takes the usual time"),
+            (self._unread if self._samples else 0, "readings of the cards failed: left out"),
+        )
+        self._remarks += [f"{count} {text}" for count, text in told if count]
+        if not self._samples:
+            self._remarks.append("no card was ever read: nobody else's memory is known")
+        never = sorted(works.strangers)
+        if never:
+            self._remarks.append(
+                f"{', '.join(never)}: no request was ever served, its work takes"
+                f" {USUAL_WORK_US / SECOND_US:.0f} s"
+            )
+
+
+class _Works:
+    """How long the work on each request took. What a cold start added to it is told apart: what
+    first requests usually took longer than others.
+    """
+
+    def __init__(self, asked: Iterable[_Asked]) -> None:
+        done: dict[str, dict[bool, list[int]]] = {}
+        self.unserved = 0
+        names: set[str] = set()
+        for one in asked:
+            names.add(one.event.consumer)
+            if one.work_us is not None:
+                kinds = done.setdefault(one.event.consumer, {True: [], False: []})
+                kinds[one.cold].append(one.work_us)
+            self.unserved += one.granted is None
+        self.strangers = names - done.keys()
+        self.starts: dict[str, list[Took]] = {}
+        self._usual_us: dict[str, int] = {}
+        self._start_us: dict[str, int] = {}
+        for name, kinds in done.items():
+            warm = kinds[False] or kinds[True]
+            self._usual_us[name] = int(median(warm))
+            cold_us = int(median(kinds[True])) if kinds[True] else 0
+            self._start_us[name] = max(0, cold_us - self._usual_us[name])
+
+    def ask(self, one: _Asked, end: int) -> Ask:
+        """Give what the simulated host is to be asked; `end` of the log."""
+        event = one.event
+        usual_us = self._usual_us.get(event.consumer, USUAL_WORK_US)
+        start_us, patience_us, work_us = 0, one.patience_us, one.work_us
+        if work_us is None:
+            so_far_us = 0 if one.granted is None else end - one.granted
+            work_us = max(usual_us, so_far_us)
+        if one.cold:
+            start_us = min(work_us, self._start_us.get(event.consumer, 0))
+            self.starts.setdefault(event.consumer, []).append(Took(us=start_us))
+        if one.granted is None and not one.over:
+            patience_us = end - event.at + LAST_US
+        return Ask(
+            consumer=event.consumer,
+            request=event.request,
+            kind=event.kind,
+            outcome=one.outcome,
+            work_us=work_us - start_us,
+            priority=event.priority,
+            patience_us=patience_us,
+            deadline_us=None if event.deadline is None else event.deadline - event.at,
+        )
+
+
+def _subsets(freeing: Sequence[_Freeing]) -> Iterator[tuple[_Freeing, ...]]:
+    """Give every choice of them, the smallest first."""
+    return chain.from_iterable(combinations(freeing, size) for size in range(len(freeing) + 1))
+
+
+def _unexplained_mib(fell: Mapping[int, int], freed: Iterable[_Freeing]) -> int:
+    """How much a fall of what is in use differs from what these would give back."""
+    given: Counter[int] = Counter()
+    for one in freed:
+        given.update(one.mib)
+    return sum(abs(mib - given[gpu]) for gpu, mib in fell.items())
+
+
+def _middle(took: Iterable[Took | None]) -> Took | None:
+    """Give what is usual of these; None: there is none that went well."""
+    well = [one for one in took if one is not None and one.error is None]
+    if not well:
+        return None
+    return Took(
+        us=int(median(one.us for one in well)), frees_us=int(median(one.frees_us for one in well))
+    )
+
+
+def _ms(us: int, count: int) -> int:
+    """Give the mean in milliseconds, 1 at least."""
+    return max(1, round(us / max(1, count) / MS_US))

@@ -53,7 +53,7 @@ CUT_SHORT = {"aborted", "cancelled"}
 USUAL_WORK_US = SECOND_US
 USUAL: Mapping[Deed, Took] = {
     "load": Took(us=3 * SECOND_US),
-    "start": Took(us=3 * SECOND_US),
+    "start": Took(us=3 * SECOND_US, memory_us=2 * SECOND_US),
     "unload": Took(us=200 * MS_US),
     "stop": Took(us=SECOND_US),
 }
@@ -93,6 +93,8 @@ class _Asked:
     event: ev.Request
     granted: int | None = None
     cold: bool = False
+    # How long after the grant its cold start had taken the memory.
+    memory_us: int | None = None
     work_us: int | None = None
     outcome: ev.Outcome = "ok"
     patience_us: int | None = None
@@ -122,6 +124,16 @@ class _Freeing:
 
 
 @define(kw_only=True)
+class _Rising:
+    """A cold start whose memory no reading has shown as taken yet; `from_mib`: in use before it."""
+
+    asked: _Asked
+    since: int
+    looked: int
+    from_mib: Mapping[int, int]
+
+
+@define(kw_only=True)
 class _Seen:
     """One consumer, as the log shows it."""
 
@@ -132,6 +144,7 @@ class _Seen:
     at_first: Turns | None = None
     leaves_residue: bool = False
     starter: str | None = None
+    rising: _Rising | None = None
     serving: set[str] = field(factory=set)
     touched: int = -1
     last_done: int = -1
@@ -240,7 +253,7 @@ class Recorder:
                 self._order(name, doing.epoch, deed, at)
         if ahead:
             self._remarks.append(
-                f"{len(ahead)} requests were on the way when the log begins: they count from there"
+                f"{len(ahead):>5} requests on the way when the log begins: they count from there"
             )
 
     # --------------------------------------------------------------------------------- events
@@ -313,6 +326,7 @@ class Recorder:
         seen.serving.add(request)
         if not seen.loaded:
             asked.cold, seen.loaded, seen.starter = True, True, request
+            seen.rising = _Rising(asked=asked, since=at, looked=at, from_mib=dict(self._used))
             self._unwatch(seen)
             self._move(seen, at)
 
@@ -392,6 +406,9 @@ class Recorder:
             self._disbelieve(used)
         self._cards_mib |= {reading.index: reading.total_mib for reading in sample.gpus}
         self._see_freed(sample.taken, used)
+        for seen in self._seen.values():
+            if seen.rising is not None:
+                self._see_risen(seen, seen.rising, sample.taken, used)
         self._used |= used
         for gpu, mib in used.items():
             if not self._moving(gpu, sample.taken):
@@ -408,7 +425,7 @@ class Recorder:
 
     def _see_freed(self, taken: int, used: Mapping[int, int]) -> None:
         """It was free some time between the last reading without and the first with it."""
-        looked = [one for one in self._freeing if one.since < taken][:FREEING_AT_MOST]
+        looked = [one for one in self._freeing if one.since <= taken][:FREEING_AT_MOST]
         if not looked:
             return
         fell = {gpu: self._used.get(gpu, mib) - mib for gpu, mib in used.items()}
@@ -418,11 +435,24 @@ class Recorder:
             took = deeds[one.number]
             if one in freed and took is not None:
                 lag_us = (one.looked + taken) // 2 - one.since
-                deeds[one.number] = Took(us=took.us, error=took.error, frees_us=lag_us)
+                deeds[one.number] = Took(us=took.us, error=took.error, memory_us=lag_us)
             one.looked = taken
         self._freeing = [
             one for one in self._freeing if one not in freed and taken - one.since < FREED_WITHIN_US
         ]
+
+    def _see_risen(self, seen: _Seen, rising: _Rising, taken: int, used: Mapping[int, int]) -> None:
+        """Three quarters will do: others may give some back meanwhile."""
+        if all(
+            4 * (used.get(gpu, 0) - rising.from_mib.get(gpu, 0)) >= 3 * seen.held_mib(gpu)
+            for gpu in seen.consumer.vram_mib
+        ):
+            rising.asked.memory_us = (rising.looked + taken) // 2 - rising.since
+            seen.rising = None
+        elif not seen.loaded or taken - rising.since > FREED_WITHIN_US:
+            seen.rising = None
+        else:
+            rising.looked = max(rising.looked, taken)
 
     def _moving(self, gpu: int, taken: int) -> bool:
         """Something loads or unloads there, so that nobody can tell what is whose."""
@@ -579,13 +609,13 @@ class Recorder:
         waited = sum(one.granted is None and not one.over for one in self._asked.values())
         served = sum(one.granted is not None and not one.over for one in self._asked.values())
         told = (
-            (took.count(None), "loads and unloads were cut short or never ended: a usual time"),
-            (waited, "requests still waited when the log ended: they leave then"),
-            (served, "requests were still served when the log ended: the usual time, or longer"),
-            (works.unserved, "requests were never served: their work takes the usual time"),
-            (self._unread if self._samples else 0, "readings of the cards failed: left out"),
+            (took.count(None), "loads and unloads that never ended: the usual time is taken"),
+            (waited, "requests that waited when the log ended: they leave then"),
+            (served, "requests at work when the log ended: the usual time, or longer"),
+            (works.unserved, "requests that were never served: the usual time for their work"),
+            (self._unread if self._samples else 0, "readings of the cards that failed: left out"),
         )
-        self._remarks += [f"{count} {text}" for count, text in told if count]
+        self._remarks += [f"{count:>5} {text}" for count, text in told if count]
         if not self._samples:
             self._remarks.append("no card was ever read: nobody else's memory is known")
         never = sorted(works.strangers)
@@ -631,7 +661,9 @@ class _Works:
             work_us = max(usual_us, so_far_us)
         if one.cold:
             start_us = min(work_us, self._start_us.get(event.consumer, 0))
-            self.starts.setdefault(event.consumer, []).append(Took(us=start_us))
+            memory_us = work_us // 2 if one.memory_us is None else one.memory_us
+            took = Took(us=start_us, memory_us=memory_us)
+            self.starts.setdefault(event.consumer, []).append(took)
         if one.granted is None and not one.over:
             patience_us = end - event.at + LAST_US
         return Ask(
@@ -665,7 +697,7 @@ def _middle(took: Iterable[Took | None]) -> Took | None:
     if not well:
         return None
     return Took(
-        us=int(median(one.us for one in well)), frees_us=int(median(one.frees_us for one in well))
+        us=int(median(one.us for one in well)), memory_us=int(median(one.memory_us for one in well))
     )
 
 

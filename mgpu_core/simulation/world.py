@@ -103,13 +103,15 @@ Deed: TypeAlias = Literal["load", "unload", "stop", "start"]
 
 @frozen(kw_only=True)
 class Took:
-    """How one deed of a service went: how long until its answer, which one, and after an unload,
-    how long until its memory was free.
+    """How one deed of a service went: how long until its answer, and which one.
+
+    `memory_us`: how long after that its memory is free; of a cold start, from its beginning until
+    the memory is taken.
     """
 
     us: int
     error: str | None = None
-    frees_us: int = 0
+    memory_us: int = 0
 
 
 @frozen(kw_only=True)
@@ -632,7 +634,7 @@ class World:
 
     def _let_go(self, service: Service, command: Command) -> None:
         """An unload was accepted: the memory comes free now, later, or not at all."""
-        frees_us = command.took.frees_us if command.took else None
+        frees_us = command.took.memory_us if command.took else None
         if command.how == "driver":
             for one in self._of_server(service):
                 one.turn += 1
@@ -737,9 +739,10 @@ class World:
             return 0 if taped else service.traits.load_us
         took = service.took("start")
         us = took.us if took else service.traits.load_us
-        self._grow(service, us)
+        grows_us = took.memory_us * 3 // 2 if took else us
+        self._grow(service, grows_us)
         service.starting = service.turn
-        self._in(us, self._cold_started, service, service.turn)
+        self._in(grows_us, self._cold_started, service, service.turn)
         return us
 
     def _cold_started(self, service: Service, turn: int) -> None:

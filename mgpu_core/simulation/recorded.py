@@ -123,6 +123,24 @@ class _Freeing:
     mib: Mapping[int, int]
 
 
+@frozen(kw_only=True)
+class _Rest:
+    """A reading of a card while nothing moves there, and who was in or had left something then."""
+
+    offset: int
+    gpu: int
+    used_mib: int
+    loaded: tuple[str, ...]
+    left: tuple[str, ...]
+
+    def news(self, last: "_Rest | None") -> bool:
+        return (
+            last is None
+            or (self.loaded, self.left) != (last.loaded, last.left)
+            or abs(self.used_mib - last.used_mib) >= NOISE_MIB
+        )
+
+
 @define(kw_only=True)
 class _Rising:
     """A cold start whose memory no reading has shown as taken yet; `from_mib`: in use before it."""
@@ -156,16 +174,26 @@ class _Seen:
     probe_us: int = 0
     probes: int = 0
     deeds: dict[Deed, list[Took | None]] = Factory(lambda: {deed: [] for deed in USUAL})
+    # What readings showed of it, by card, whenever it alone gave back its memory.
+    given_mib: dict[int, list[int]] = field(factory=dict)
 
-    def held_mib(self, gpu: int) -> int:
-        """What it holds on a card now, as configured or measured."""
+    def full_mib(self, gpu: int) -> int:
+        """What it holds on a card while it is in: as seen, else as configured or measured."""
         if self.consumer.vram_managed or not self.consumer.vram_mib:
             return 0
+        if given := self.given_mib.get(gpu):
+            return int(median(given)) + self.consumer.vram_residue_mib
         declared = self.consumer.vram_mib.get(gpu, 0)
-        full = declared or (self.measured_mib or 0 if self.consumer.vram_auto else 0)
+        return declared or (self.measured_mib or 0 if self.consumer.vram_auto else 0)
+
+    def left_mib(self, gpu: int) -> int:
+        return min(self.full_mib(gpu), self.consumer.vram_residue_mib)
+
+    def held_mib(self, gpu: int) -> int:
+        """What it holds on a card now."""
         if self.loaded:
-            return full
-        return min(full, self.consumer.vram_residue_mib) if self.leaves_residue else 0
+            return self.full_mib(gpu)
+        return self.left_mib(gpu) if self.leaves_residue else 0
 
 
 class Recorder:
@@ -184,7 +212,9 @@ class Recorder:
         # When the last command of each server was over: the next one began no earlier.
         self._lanes: dict[str, int] = {}
         self._freeing: list[_Freeing] = []
-        self._foreign: dict[int, int] = {}
+        # At rest: when, on which card, how much was in use, who was in, who had left a residue.
+        self._rests: list[_Rest] = []
+        self._last_rest: dict[int, _Rest] = {}
         self._used: dict[int, int] = {}
         self._moved: dict[int, int] = {}
         self._cards_mib: dict[int, int] = {}
@@ -412,8 +442,7 @@ class Recorder:
         self._used |= used
         for gpu, mib in used.items():
             if not self._moving(gpu, sample.taken):
-                ours = sum(seen.held_mib(gpu) for seen in self._seen.values())
-                self._others(gpu, max(0, mib - ours), sample.taken)
+                self._rest(gpu, mib, sample.taken)
 
     def _disbelieve(self, used: Mapping[int, int]) -> None:
         """Who is only taken to be loaded is not, where the first reading shows too little."""
@@ -436,10 +465,18 @@ class Recorder:
             if one in freed and took is not None:
                 lag_us = (one.looked + taken) // 2 - one.since
                 deeds[one.number] = Took(us=took.us, error=took.error, memory_us=lag_us)
+                if len(freed) == 1:
+                    self._weigh(one, fell)
             one.looked = taken
         self._freeing = [
             one for one in self._freeing if one not in freed and taken - one.since < FREED_WITHIN_US
         ]
+
+    def _weigh(self, one: _Freeing, fell: Mapping[int, int]) -> None:
+        given = self._seen[one.consumer].given_mib
+        for gpu, mib in one.mib.items():
+            if mib and 2 * abs(fell.get(gpu, 0) - mib) < mib:
+                given.setdefault(gpu, []).append(fell[gpu])
 
     def _see_risen(self, seen: _Seen, rising: _Rising, taken: int, used: Mapping[int, int]) -> None:
         """Three quarters will do: others may give some back meanwhile."""
@@ -463,15 +500,31 @@ class Recorder:
             for name, seen in self._seen.items()
         )
 
-    def _others(self, gpu: int, mib: int, at: int) -> None:
-        last = self._foreign.get(gpu)
-        if last is None:
-            self._script.append((0, Foreign(gpu=gpu, mib=mib)))
-        elif abs(mib - last) >= NOISE_MIB:
-            self._script.append((at - self._start, Foreign(gpu=gpu, mib=mib)))
-        else:
-            return
-        self._foreign[gpu] = mib
+    def _rest(self, gpu: int, used_mib: int, at: int) -> None:
+        """Remember what was in use and whose it may be, where that is news."""
+        there = [seen for seen in self._seen.values() if gpu in seen.consumer.vram_mib]
+        rest = _Rest(
+            offset=at - self._start,
+            gpu=gpu,
+            used_mib=used_mib,
+            loaded=tuple(seen.consumer.name for seen in there if seen.loaded),
+            left=tuple(
+                seen.consumer.name for seen in there if seen.leaves_residue and not seen.loaded
+            ),
+        )
+        if rest.news(self._last_rest.get(gpu)):
+            self._last_rest[gpu] = rest
+            self._rests.append(rest)
+
+    def _foreign(self) -> Iterator[tuple[int, Act]]:
+        """Give what nobody here held. It is known at rest only; the first counts from the start."""
+        known: set[int] = set()
+        for rest in self._rests:
+            ours = sum(self._seen[name].full_mib(rest.gpu) for name in rest.loaded)
+            ours += sum(self._seen[name].left_mib(rest.gpu) for name in rest.left)
+            offset = rest.offset if rest.gpu in known else 0
+            known.add(rest.gpu)
+            yield offset, Foreign(gpu=rest.gpu, mib=max(0, rest.used_mib - ours))
 
     # --------------------------------------------------------------------------------- probes
 
@@ -559,7 +612,10 @@ class Recorder:
             state=self._state,
             start_us=self._start,
             end_us=self._end,
-            script=(*first, *sorted([*self._script, *asks], key=lambda item: item[0])),
+            script=(
+                *first,
+                *sorted([*self._script, *self._foreign(), *asks], key=lambda item: item[0]),
+            ),
             traits={
                 name: self._traits(seen, works.starts.get(name, []), usual)
                 for name, seen in self._seen.items()
@@ -598,6 +654,7 @@ class Recorder:
             tells_busy=seen.tells["busy"] > 0,
             tells_vram=seen.tells["vram"] > 0,
             mute_at_work=seen.mute_at_work,
+            holds_mib={gpu: seen.full_mib(gpu) for gpu in seen.given_mib},
             unknown_mib=seen.measured_mib or 0,
             probe_ms=(_ms(seen.probe_us, seen.probes),) * 2,
             tapes=tapes,

@@ -141,6 +141,8 @@ class Traits:
     spread: tuple[int, int] = (8, 15)
     # What it really takes where its configuration knows nothing.
     unknown_mib: int = 0
+    # What it really takes on a card, whatever its configuration says.
+    holds_mib: Mapping[int, int] = field(factory=dict)
     # Between how many milliseconds its answer to a probe takes.
     probe_ms: tuple[int, int] = (1, 40)
     # What is laid down instead of drawn: loads, unloads by route, stops by driver, cold starts.
@@ -189,7 +191,7 @@ class Service:
     def target_mib(self, gpu: int) -> int:
         if self.consumer.vram_managed:
             return 0
-        declared = self.consumer.vram_mib.get(gpu, 0)
+        declared = self.traits.holds_mib.get(gpu, self.consumer.vram_mib.get(gpu, 0))
         return declared or (self.traits.unknown_mib if self.consumer.vram_auto else 0)
 
 

@@ -10,11 +10,12 @@ Only what is seen in events and effects is used, nothing is decided anew. What a
 replaced by something usual, and `Recording.remarks` says so.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, combinations
 from statistics import median
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from attrs import Factory, define, field, frozen
 
@@ -44,8 +45,8 @@ IN = Residency.RESIDENT
 NOISE_MIB = 32
 # An unload that has not shown in the readings by then leaves its memory to somebody else.
 FREED_WITHIN_US = 60 * SECOND_US
-# Of more than that at once nobody tries to tell whose memory it is that came free.
-FREEING_AT_MOST = 8
+# Of more than that at once nobody tries to tell whose memory it is.
+TOLD_APART = 8
 # Who waits when the log ends leaves then, or just after what its last event brings about.
 LAST_US = 100 * MS_US
 # What ended a load or unload that somebody else cut short says nothing of how long it takes.
@@ -59,13 +60,15 @@ USUAL: Mapping[Deed, Took] = {
 }
 OPERATED = (ev.Unload, ev.Load, ev.Pin, ev.Drain, ev.Resume, ev.Reconfigured, ev.Shutdown)
 Key: TypeAlias = tuple[str, str, int]
+T = TypeVar("T")
 
 
 @frozen(kw_only=True)
 class Recording:
     """One run of a broker as the simulated host needs it. `config`: the one that it began with.
 
-    `asked`: how often for whom. `cards_mib`: how large the cards are, as far as they could be read.
+    Times are microseconds since the Unix epoch, those of the script since `start_us`. `asked`: how
+    often for whom. `cards_mib`: how large the cards are, as far as they could be read.
     """
 
     config: Config
@@ -76,7 +79,11 @@ class Recording:
     traits: Mapping[str, Traits]
     usual: Traits
     cards_mib: Mapping[int, int]
+    # When the cards were read without anybody having asked for it, and how long that took.
+    polls: Sequence[int]
     sample_ms: int
+    # It begins in the middle of the broker's run.
+    resumes: bool
     asked: Mapping[str, int]
     remarks: tuple[str, ...]
 
@@ -218,6 +225,10 @@ class Recorder:
         self._used: dict[int, int] = {}
         self._moved: dict[int, int] = {}
         self._cards_mib: dict[int, int] = {}
+        # An array: most of a long log are readings.
+        self._polls = array("q")
+        self._wants_sample = False
+        self._resumes = False
         self._samples = self._sample_us = self._unread = 0
         self._remarks: list[str] = []
 
@@ -253,6 +264,7 @@ class Recorder:
                 leaves_residue=not fresh and belief.residency is Residency.ABSENT,
             )
         if not fresh:
+            self._resumes = True
             self._go_on()
 
     def _go_on(self) -> None:
@@ -260,7 +272,7 @@ class Recorder:
         state, at = self._state, self._start
         for name, known in state.consumers.items():
             if known.pinned is not None:
-                self._script.append((0, ev.Pin(at=at, consumer=name, pinned=known.pinned)))
+                self._script.append((1, ev.Pin(at=at, consumer=name, pinned=known.pinned)))
         ahead = [one for one in state.requests.values() if one.operator is None]
         for one in sorted(ahead, key=lambda one: (one.phase is not Phase.SERVING, one.arrival)):
             event = ev.Request(
@@ -343,6 +355,8 @@ class Recorder:
                 self._serve(self._asked[effect.request], at)
             case fx.Reject() if effect.request in self._asked:
                 self._asked[effect.request].over = True
+            case fx.SampleGpu():
+                self._wants_sample = True
             case fx.StartLoad():
                 self._order(effect.consumer, effect.epoch, "load", at)
             case fx.StartUnload():
@@ -426,6 +440,9 @@ class Recorder:
     # ------------------------------------------------------------------------------- the cards
 
     def _read(self, sample: ev.GpuSample) -> None:
+        if not self._wants_sample:
+            self._polls.append(sample.taken)
+        self._wants_sample = False
         if sample.error is not None or not sample.gpus:
             self._unread += 1
             return
@@ -445,16 +462,25 @@ class Recorder:
                 self._rest(gpu, mib, sample.taken)
 
     def _disbelieve(self, used: Mapping[int, int]) -> None:
-        """Who is only taken to be loaded is not, where the first reading shows too little."""
+        """Who is only taken to be loaded is not, where the first reading shows too little: as many
+        are in as it has room for.
+        """
         for gpu, mib in used.items():
-            taken = [one for one in self._seen.values() if one.loaded and one.held_mib(gpu)]
-            if sum(one.held_mib(gpu) for one in taken) > mib:
-                for one in taken:
-                    one.loaded = one.at_first is not None and one.loaded
+            there = [one for one in self._seen.values() if one.loaded and one.full_mib(gpu)]
+            left = mib - sum(one.full_mib(gpu) for one in there if one.at_first is not None)
+            taken = [one for one in there if one.at_first is None][:TOLD_APART]
+            choices = [(sum(one.full_mib(gpu) for one in some), some) for some in _subsets(taken)]
+            _, believed = max(
+                (one for one in choices if one[0] <= left + NOISE_MIB),
+                key=lambda one: one[0],
+                default=(0, ()),
+            )
+            for one in taken:
+                one.loaded = any(one is other for other in believed)
 
     def _see_freed(self, taken: int, used: Mapping[int, int]) -> None:
         """It was free some time between the last reading without and the first with it."""
-        looked = [one for one in self._freeing if one.since <= taken][:FREEING_AT_MOST]
+        looked = [one for one in self._freeing if one.since <= taken][:TOLD_APART]
         if not looked:
             return
         fell = {gpu: self._used.get(gpu, mib) - mib for gpu, mib in used.items()}
@@ -602,7 +628,9 @@ class Recorder:
                 self._was_busy(seen, self._end)
         works = _Works(self._asked.values())
         asks = [
-            (one.event.at - self._start, works.ask(one, self._end)) for one in self._asked.values()
+            # Nobody can come before the broker is there.
+            (max(1, one.event.at - self._start), works.ask(one, self._end))
+            for one in self._asked.values()
         ]
         first = [(0, seen.at_first) for seen in self._seen.values() if seen.at_first is not None]
         usual = self._usual(works)
@@ -624,6 +652,8 @@ class Recorder:
                 spread=(10, 10), tapes={deed: Tape(then=took) for deed, took in usual.items()}
             ),
             cards_mib=dict(self._cards_mib),
+            polls=self._polls,
+            resumes=self._resumes,
             sample_ms=_ms(self._sample_us, self._samples),
             asked=Counter(one.event.consumer for one in self._asked.values()),
             remarks=tuple(self._remarks),
@@ -735,9 +765,9 @@ class _Works:
         )
 
 
-def _subsets(freeing: Sequence[_Freeing]) -> Iterator[tuple[_Freeing, ...]]:
+def _subsets(of: Sequence[T]) -> Iterator[tuple[T, ...]]:
     """Give every choice of them, the smallest first."""
-    return chain.from_iterable(combinations(freeing, size) for size in range(len(freeing) + 1))
+    return chain.from_iterable(combinations(of, size) for size in range(len(of) + 1))
 
 
 def _unexplained_mib(fell: Mapping[int, int], freed: Iterable[_Freeing]) -> int:

@@ -13,7 +13,7 @@ from mgpu_core.simulation.faults import CALM, Faults
 from mgpu_core.simulation.measures import Meter
 from mgpu_core.simulation.recorded import Recording
 from mgpu_core.simulation.world import World
-from mgpu_core.state import State, initial_state
+from mgpu_core.state import ConsumerState, Residency, State, initial_state
 
 UNREAD = Faults(sample_missing=1000)
 # Whoever waits still so long after the last arrival is left waiting.
@@ -47,6 +47,8 @@ def rerun(
         cards_mib=_cards_mib(recording, config),
         sample_ms=(recording.sample_ms, recording.sample_ms),
         repolls=True,
+        polls=recording.polls,
+        resumes=recording.resumes,
     )
     for event, transition in world.run(recording.end_us + AFTERWARDS_US):
         if event.at > recording.end_us and not meter.waiting:
@@ -56,17 +58,36 @@ def rerun(
 
 
 def _remembered(recording: Recording, config: Config) -> State:
-    """Give what the recorded run knew at its beginning; the first event lets go of all that does
-    not outlive a run.
+    """Give what the recorded run knew at its beginning. Who was on the way comes again, so of that
+    it knows nothing; a run that starts lets go of more.
     """
     fresh, known = initial_state(config), recording.state
     return evolve(
         fresh,
         at=recording.start_us,
+        run=known.run,
         epoch=known.epoch,
         arrivals=known.arrivals,
         age=known.age,
-        consumers={name: known.consumers.get(name, one) for name, one in fresh.consumers.items()},
+        last_work=known.last_work,
+        cards=known.cards if recording.resumes else {},
+        consumers={
+            name: _at_rest(known.consumers[name]) if name in known.consumers else one
+            for name, one in fresh.consumers.items()
+        },
+    )
+
+
+def _at_rest(one: ConsumerState) -> ConsumerState:
+    """Give what is believed of it once it does nothing; who was just moving is taken to be out."""
+    moving = {Residency.LOADING, Residency.UNLOADING}
+    return evolve(
+        one,
+        residency=Residency.ABSENT if one.residency in moving else one.residency,
+        operation=None,
+        cleared=False,
+        starter=None,
+        leaving=False,
     )
 
 

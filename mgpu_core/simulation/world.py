@@ -6,7 +6,7 @@ comes back as events. Time is a heap of happenings, each at a virtual microsecon
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush
 from typing import Any, Literal, TypeAlias
 
@@ -241,6 +241,8 @@ class World:
         cards_mib: Mapping[int, int] | None = None,
         sample_ms: tuple[int, int] = (1, 50),
         repolls: bool = False,
+        polls: Iterable[int] = (),
+        resumes: bool = False,
     ) -> None:
         self.config = config
         # The cards are read whenever a load or unload has ended, which takes the place of polls
@@ -258,9 +260,14 @@ class World:
         self.clock_stands_until = 0
         self.clock = start_us
         self.sample_ms = sample_ms
-        # The next poll comes an interval after the last reading, whyever that was taken.
+        # As a broker reads them: just after it was asked to, and the next poll comes an interval
+        # after the last reading, whyever that was taken.
         self.repolls = repolls
         self._last_reading = 0
+        # When the first polls come, where that is laid down.
+        self._polls = iter(polls)
+        # The broker has run before: nothing starts, its state is what it knows already.
+        self.resumes = resumes
         self.foreign: dict[int, int] = dict.fromkeys(config.gpus, 0)
         self.totals = {n: g.total_mib or CARD_MIB for n, g in config.gpus.items()}
         self.totals |= cards_mib or {}
@@ -392,6 +399,8 @@ class World:
         self._in(0, self._poll, self.runs)
         for number, name in enumerate(self.config.consumers):
             self._in((number + 1) * 10 * MS_US, self._watch, self.runs, name)
+        if self.resumes and self.runs == 1:
+            return ev.Tick(at=self._stamp())
         return ev.Started(at=self._stamp(), run=f"run-{self.runs}")
 
     def _poll(self, run: int) -> None:
@@ -402,7 +411,19 @@ class World:
             self._at(due, self._poll, run)
         else:
             self._sample()
-            self._in(interval_us, self._poll, run)
+            self._poll_later(run)
+
+    def _poll_later(self, run: int) -> None:
+        laid_down = next((time for time in self._polls if time > self.now), None)
+        if laid_down is None:
+            self._in(self.state.config.poll_interval_us, self._poll, run)
+        else:
+            self._at(laid_down, self._poll_as_laid_down, run)
+
+    def _poll_as_laid_down(self, run: int) -> None:
+        if run == self.runs:
+            self._sample()
+            self._poll_later(run)
 
     def _watch(self, run: int, name: str) -> None:
         if run == self.runs and name in self.config.consumers:
@@ -424,7 +445,10 @@ class World:
                 self._alarm = effect.time
                 self._at(max(self.now, effect.time), self._tick, effect.time)
             case fx.SampleGpu():
-                self._sample()
+                if self.repolls:
+                    self._in(1, self._sample)
+                else:
+                    self._sample()
             case fx.Probe():
                 self._probe(effect.consumer)
             case fx.Serve():

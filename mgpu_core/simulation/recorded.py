@@ -10,11 +10,8 @@ Only what is seen in events and effects is used, nothing is decided anew. What a
 replaced by something usual, and `Recording.remarks` says so.
 """
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, combinations
-from statistics import median
 from typing import TypeAlias, TypeVar
 
 from attrs import Factory, define, field, frozen
@@ -189,7 +186,7 @@ class _Seen:
         if self.consumer.vram_managed or not self.consumer.vram_mib:
             return 0
         if given := self.given_mib.get(gpu):
-            return int(median(given)) + self.consumer.vram_residue_mib
+            return _median(given) + self.consumer.vram_residue_mib
         declared = self.consumer.vram_mib.get(gpu, 0)
         return declared or (self.measured_mib or 0 if self.consumer.vram_auto else 0)
 
@@ -225,8 +222,7 @@ class Recorder:
         self._used: dict[int, int] = {}
         self._moved: dict[int, int] = {}
         self._cards_mib: dict[int, int] = {}
-        # An array: most of a long log are readings.
-        self._polls = array("q")
+        self._polls: list[int] = []
         self._wants_sample = False
         self._resumes = False
         self._samples = self._sample_us = self._unread = 0
@@ -734,8 +730,8 @@ class _Works:
         self._start_us: dict[str, int] = {}
         for name, kinds in done.items():
             warm = kinds[False] or kinds[True]
-            self._usual_us[name] = int(median(warm))
-            cold_us = int(median(kinds[True])) if kinds[True] else 0
+            self._usual_us[name] = _median(warm)
+            cold_us = _median(kinds[True]) if kinds[True] else 0
             self._start_us[name] = max(0, cold_us - self._usual_us[name])
 
     def ask(self, one: _Asked, end: int) -> Ask:
@@ -766,8 +762,9 @@ class _Works:
 
 
 def _subsets(of: Sequence[T]) -> Iterator[tuple[T, ...]]:
-    """Give every choice of them, the smallest first."""
-    return chain.from_iterable(combinations(of, size) for size in range(len(of) + 1))
+    """Give every choice of them; none at all comes first."""
+    for bits in range(1 << len(of)):
+        yield tuple(one for place, one in enumerate(of) if bits >> place & 1)
 
 
 def _unexplained_mib(fell: Mapping[int, int], freed: Iterable[_Freeing]) -> int:
@@ -784,8 +781,12 @@ def _middle(took: Iterable[Took | None]) -> Took | None:
     if not well:
         return None
     return Took(
-        us=int(median(one.us for one in well)), memory_us=int(median(one.memory_us for one in well))
+        us=_median([one.us for one in well]), memory_us=_median([one.memory_us for one in well])
     )
+
+
+def _median(of: Sequence[int]) -> int:
+    return (sorted(of)[len(of) // 2] + sorted(of)[(len(of) - 1) // 2]) // 2
 
 
 def _ms(us: int, count: int) -> int:

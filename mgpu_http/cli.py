@@ -143,6 +143,13 @@ def own_planner(parser: ArgumentParser) -> None:
     parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
 
+def whatif_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="the new configuration [that of the log]")
+    parser.add_argument(
+        "--planner", metavar="PLANNER", help="lru, gdsf, or MODULE:NAME, a planner of your own"
+    )
+
+
 def fuzz_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
     parser.add_argument(
@@ -326,6 +333,13 @@ COMMANDS = (
         example="mgpu replay /var/lib/mgpu",
         run="commands.replay:replay",
         add=(event_log, own_planner, as_json),
+    ),
+    Command(
+        name="whatif",
+        help="simulate the arrivals of a log under another configuration or planner",
+        example="mgpu whatif /var/lib/mgpu --config new.yaml",
+        run="commands.whatif:whatif",
+        add=(event_log, whatif_arguments, as_json),
     ),
     Command(
         name="log show",

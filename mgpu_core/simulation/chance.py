@@ -15,6 +15,13 @@ class Chance(Protocol):
         """Draw an integer, both ends included."""
 
 
+class Plain:
+    """No chance at all: of everything the first, and what may not happen does not."""
+
+    def randint(self, a: int, _b: int, /) -> int:
+        return a
+
+
 def pick(chance: Chance, options: Sequence[T]) -> T:
     """Draw one of these; the first is the plainest."""
     return options[chance.randint(0, len(options) - 1)]

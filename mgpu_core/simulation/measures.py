@@ -3,7 +3,7 @@
 A `Meter` sees each event with what the scheduler made of it, from a simulated host or from a log.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from attrs import frozen
 
@@ -37,9 +37,11 @@ class Meter:
 
     def __init__(self) -> None:
         self.ended = 0
+        # How long each request that was served had waited, and with which code others were refused.
+        self.waits_us: dict[str, int] = {}
+        self.refused: dict[str, str] = {}
         self._arrived: dict[str, int] = {}
-        self._waits_us: list[int] = []
-        self._loads = self._evictions = self._rejected = self._requests = 0
+        self._loads = self._evictions = self._requests = 0
         self._loading: dict[str, int] = {}
         self._load_us = self._busy_us = 0
         self._first: int | None = None
@@ -52,6 +54,16 @@ class Meter:
         """Take a step in; `began` has when work began on requests that were granted before."""
         at = transition.state.at
         self._pass(at, at_work=bool(transition.state.serving))
+        self.take(at, event, transition.effects, began)
+
+    def take(
+        self,
+        at: int,
+        event: ev.Event,
+        effects: Iterable[fx.Effect],
+        began: Mapping[str, int] = NOT_TOLD,
+    ) -> None:
+        """Take an event and its effects in; without the states nobody knows what was at work."""
         match event:
             case ev.Request():
                 self._first = at if self._first is None else self._first
@@ -63,8 +75,13 @@ class Meter:
                 self.ended += self._arrived.pop(event.request, None) is not None
             case ev.SwapDone() if event.consumer in self._loading:
                 self._load_us += at - self._loading.pop(event.consumer)
-        for effect in transition.effects:
+        for effect in effects:
             self._note(effect, at, began)
+
+    @property
+    def waiting(self) -> int:
+        """How many have come and wait still."""
+        return len(self._arrived)
 
     def _pass(self, at: int, *, at_work: bool) -> None:
         if self._at_work:
@@ -75,9 +92,9 @@ class Meter:
         match effect:
             case fx.Serve() if effect.request in self._arrived:
                 since = self._arrived.pop(effect.request)
-                self._waits_us.append(began.get(effect.request, at) - since)
+                self.waits_us[effect.request] = began.get(effect.request, at) - since
             case fx.Reject() if self._arrived.pop(effect.request, None) is not None:
-                self._rejected += 1
+                self.refused[effect.request] = effect.code
                 self.ended += 1
             case fx.StartLoad():
                 self._loads += 1
@@ -86,7 +103,7 @@ class Meter:
                 self._evictions += 1
 
     def measures(self) -> Measures:
-        waits_us = sorted(self._waits_us) or [0]
+        waits_us = sorted(self.waits_us.values()) or [0]
         span_us = max(1, self._last - (self._first or 0))
         return Measures(
             requests=self._requests,
@@ -95,7 +112,7 @@ class Meter:
             max_wait_ms=round(waits_us[-1] / 1000, 1),
             loads=self._loads,
             evictions=self._evictions,
-            rejected=self._rejected,
+            rejected=len(self.refused),
             load_hours=round(self._load_us / HOUR_US, 3),
             utilisation=round(self._busy_us / span_us, 4),
         )

@@ -5,10 +5,10 @@ asks the scheduler what is true: it sees its effects, carries them out, and what
 comes back as events. Time is a heap of happenings, each at a virtual microsecond.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from attrs import define, evolve, field, frozen
 
@@ -34,9 +34,15 @@ LOAD_US = (1 * SECOND_US, 3 * SECOND_US, 10 * SECOND_US, 25 * SECOND_US)
 
 @frozen(kw_only=True)
 class Ask:
-    """A client comes. It leaves after `patience_us`, wherever its request is then."""
+    """A client comes. It leaves after `patience_us`, wherever its request is then.
+
+    `request`: its id, where it shall have a certain one; `outcome`: how work on it ends by itself.
+    """
 
     consumer: str
+    request: str | None = None
+    kind: str = ""
+    outcome: ev.Outcome = "ok"
     work_us: int = SECOND_US
     priority: int | None = None
     patience_us: int | None = None
@@ -60,6 +66,18 @@ class Busy:
 
 
 @frozen(kw_only=True)
+class Turns:
+    """A service is found up or down, loaded or not (None: as before), and nobody here did it.
+
+    What it is just doing for the broker goes on undisturbed.
+    """
+
+    consumer: str
+    up: bool = True
+    loaded: bool | None = None
+
+
+@frozen(kw_only=True)
 class BrokerCrash:
     """The broker dies and is back after a while; the services go on."""
 
@@ -72,12 +90,39 @@ class ClockStops:
 
 
 # An event is one of an operator, sent as it is; its `at` is filled in.
-Act: TypeAlias = Ask | Foreign | Busy | BrokerCrash | ClockStops | ev.Event
+Act: TypeAlias = Ask | Foreign | Busy | Turns | BrokerCrash | ClockStops | ev.Event
 # Microseconds after the start, and what happens then.
 Script: TypeAlias = tuple[tuple[int, Act], ...]
 
 
 # -------------------------------------------------------------------------------- the truth
+
+
+Deed: TypeAlias = Literal["load", "unload", "stop", "start"]
+
+
+@frozen(kw_only=True)
+class Took:
+    """How one deed of a service went: how long until its answer, and which one.
+
+    `memory_us`: how long after that its memory is free; of a cold start, from its beginning until
+    the memory is taken.
+    """
+
+    us: int
+    error: str | None = None
+    memory_us: int = 0
+
+
+@frozen(kw_only=True)
+class Tape:
+    """How a deed of a service is to go, time after time; `then`: once these are over."""
+
+    takes: tuple[Took, ...] = ()
+    then: Took
+
+    def take(self, number: int) -> Took:
+        return self.takes[number] if number < len(self.takes) else self.then
 
 
 @frozen(kw_only=True)
@@ -96,6 +141,12 @@ class Traits:
     spread: tuple[int, int] = (8, 15)
     # What it really takes where its configuration knows nothing.
     unknown_mib: int = 0
+    # What it really takes on a card, whatever its configuration says.
+    holds_mib: Mapping[int, int] = field(factory=dict)
+    # Between how many milliseconds its answer to a probe takes.
+    probe_ms: tuple[int, int] = (1, 40)
+    # What is laid down instead of drawn: loads, unloads by route, stops by driver, cold starts.
+    tapes: Mapping[Deed, Tape] = field(factory=dict)
 
     @classmethod
     def drawn(cls, chance: Chance) -> "Traits":
@@ -127,11 +178,20 @@ class Service:
     turn: int = 0
     # The turn in which its first request brings it in.
     starting: int = -1
+    # How often it did what is laid down.
+    did: Counter[Deed] = field(factory=Counter)
+
+    def took(self, deed: Deed) -> Took | None:
+        """Do it once more, and say how that is laid down to go; None: it is not."""
+        if (tape := self.traits.tapes.get(deed)) is None:
+            return None
+        self.did[deed] += 1
+        return tape.take(self.did[deed] - 1)
 
     def target_mib(self, gpu: int) -> int:
         if self.consumer.vram_managed:
             return 0
-        declared = self.consumer.vram_mib.get(gpu, 0)
+        declared = self.traits.holds_mib.get(gpu, self.consumer.vram_mib.get(gpu, 0))
         return declared or (self.traits.unknown_mib if self.consumer.vram_auto else 0)
 
 
@@ -145,6 +205,13 @@ class Command:
     how: fx.How = "routes"
     error: str | None = None
     answered: bool = False
+    took: Took | None = None
+
+    @property
+    def deed(self) -> Deed:
+        if self.kind is ev.SwapDone:
+            return "load"
+        return "unload" if self.how == "routes" else "stop"
 
 
 @define
@@ -170,6 +237,12 @@ class World:
         traits: Mapping[str, Traits] | None = None,
         resident: frozenset[str] | None = None,
         rereads: bool = False,
+        state: State | None = None,
+        cards_mib: Mapping[int, int] | None = None,
+        sample_ms: tuple[int, int] = (1, 50),
+        repolls: bool = False,
+        polls: Iterable[int] = (),
+        resumes: bool = False,
     ) -> None:
         self.config = config
         # The cards are read whenever a load or unload has ended, which takes the place of polls
@@ -178,14 +251,26 @@ class World:
         self.chance = chance
         self.faults = faults
         self.scheduler = scheduler or Scheduler(config)
-        self.state: State = self.scheduler.initial()
-        self.now = START_US
+        # What an earlier run has left to know, its time included: this one begins then.
+        self.state: State = state or self.scheduler.initial()
+        start_us = state.at if state else START_US
+        self.now = start_us
         self.runs = 0
         self.down = True
         self.clock_stands_until = 0
-        self.clock = START_US
+        self.clock = start_us
+        self.sample_ms = sample_ms
+        # As a broker reads them: just after it was asked to, and the next poll comes an interval
+        # after the last reading, whyever that was taken.
+        self.repolls = repolls
+        self._last_reading = 0
+        # When the first polls come, where that is laid down.
+        self._polls = iter(polls)
+        # The broker has run before: nothing starts, its state is what it knows already.
+        self.resumes = resumes
         self.foreign: dict[int, int] = dict.fromkeys(config.gpus, 0)
         self.totals = {n: g.total_mib or CARD_MIB for n, g in config.gpus.items()}
+        self.totals |= cards_mib or {}
         self.clients: dict[str, Client] = {}
         # When the work of each request that was granted began, or will.
         self.began: dict[str, int] = {}
@@ -202,8 +287,8 @@ class World:
         for name, consumer in config.consumers.items():
             self._install(consumer, resident is None or name in resident)
         for offset, act in script:
-            self._at(START_US + offset, self._act, act)
-        self._at(START_US, self._start_broker)
+            self._at(start_us + offset, self._act, act)
+        self._at(start_us, self._start_broker)
 
     # ------------------------------------------------------------------------------- running
 
@@ -314,12 +399,31 @@ class World:
         self._in(0, self._poll, self.runs)
         for number, name in enumerate(self.config.consumers):
             self._in((number + 1) * 10 * MS_US, self._watch, self.runs, name)
+        if self.resumes and self.runs == 1:
+            return ev.Tick(at=self._stamp())
         return ev.Started(at=self._stamp(), run=f"run-{self.runs}")
 
     def _poll(self, run: int) -> None:
+        if run != self.runs:
+            return
+        interval_us = self.state.config.poll_interval_us
+        if self.repolls and self.now < (due := self._last_reading + interval_us):
+            self._at(due, self._poll, run)
+        else:
+            self._sample()
+            self._poll_later(run)
+
+    def _poll_later(self, run: int) -> None:
+        laid_down = next((time for time in self._polls if time > self.now), None)
+        if laid_down is None:
+            self._in(self.state.config.poll_interval_us, self._poll, run)
+        else:
+            self._at(laid_down, self._poll_as_laid_down, run)
+
+    def _poll_as_laid_down(self, run: int) -> None:
         if run == self.runs:
             self._sample()
-            self._in(self.state.config.poll_interval_us, self._poll, run)
+            self._poll_later(run)
 
     def _watch(self, run: int, name: str) -> None:
         if run == self.runs and name in self.config.consumers:
@@ -341,7 +445,10 @@ class World:
                 self._alarm = effect.time
                 self._at(max(self.now, effect.time), self._tick, effect.time)
             case fx.SampleGpu():
-                self._sample()
+                if self.repolls:
+                    self._in(1, self._sample)
+                else:
+                    self._sample()
             case fx.Probe():
                 self._probe(effect.consumer)
             case fx.Serve():
@@ -367,6 +474,8 @@ class World:
             case Busy():
                 if act.consumer in self.services:
                     self.services[act.consumer].busy_until = self.now + act.us
+            case Turns():
+                self._turn(act)
             case BrokerCrash():
                 if not self.down:
                     self._crash(act)
@@ -384,7 +493,7 @@ class World:
         if self.down:
             return None
         self.asked += 1
-        request = f"r{self.asked}"
+        request = ask.request or f"r{self.asked}"
         self.clients[request] = Client(ask)
         if ask.patience_us is not None:
             self._in(ask.patience_us, self._leave, request)
@@ -393,6 +502,7 @@ class World:
             at=at,
             request=request,
             consumer=ask.consumer,
+            kind=ask.kind,
             priority=ask.priority,
             deadline=None if ask.deadline_us is None else at + ask.deadline_us,
         )
@@ -408,6 +518,18 @@ class World:
         else:
             self._job_ends(request, "disconnected", 20 * MS_US)
         return ev.Cancel(at=self._stamp(), request=request)
+
+    def _turn(self, act: Turns) -> None:
+        service = self.services.get(act.consumer)
+        if service is None or self.lanes[service.consumer.server] or service.jobs:
+            return
+        service.up = act.up
+        loaded = act.up and (service.loaded if act.loaded is None else act.loaded)
+        if loaded == service.loaded:
+            return
+        self._forget_memory(service)
+        if loaded and self._fits(service, need := self._steady(service)):
+            service.loaded, service.mib = True, need
 
     def _crash(self, act: BrokerCrash) -> None:
         """What was said to the broker is lost, and so is what it was about to order."""
@@ -463,8 +585,12 @@ class World:
         service = self.services[command.consumer]
         loads = command.kind is ev.SwapDone
         which = "load" if loads else "unload"
-        us = service.traits.load_us if loads else service.traits.unload_us
-        us = us * self.chance.randint(*service.traits.spread) // 10
+        command.took = service.took(command.deed)
+        if command.took is not None:
+            us, command.error = command.took.us, command.took.error
+        else:
+            us = service.traits.load_us if loads else service.traits.unload_us
+            us = us * self.chance.randint(*service.traits.spread) // 10
         timeout_us = self.config.load_timeout_us if loads else self.config.unload_timeout_us
         if self._fault(f"{which}_hangs"):
             us = timeout_us + self.chance.randint(1, 30) * SECOND_US
@@ -534,18 +660,23 @@ class World:
 
     def _let_go(self, service: Service, command: Command) -> None:
         """An unload was accepted: the memory comes free now, later, or not at all."""
+        frees_us = command.took.memory_us if command.took else None
         if command.how == "driver":
             for one in self._of_server(service):
                 one.turn += 1
-                one.loaded, one.up, one.mib = False, False, {}
+                one.loaded, one.up = False, False
                 self._end_jobs(one)
+                if frees_us:
+                    self._in(frees_us, self._set_memory, one, one.turn, {})
+                else:
+                    one.mib = {}
             return
         service.turn += 1
         service.loaded = False
         self._end_jobs(service)
         if self._fault("unload_keeps"):
             return
-        lag_us = pick(self.chance, (50 * MS_US, 0, 500 * MS_US))
+        lag_us = pick(self.chance, (50 * MS_US, 0, 500 * MS_US)) if frees_us is None else frees_us
         if self._fault("frees_late"):
             lag_us = self.chance.randint(2, 20) * SECOND_US
         self._in(lag_us, self._set_memory, service, service.turn, self._residue(service))
@@ -609,8 +740,7 @@ class World:
             return
         begins = self.now
         if not service.loaded:
-            begins += service.traits.load_us
-            self._start_cold(service)
+            begins += self._start_cold(service)
         if service.traits.in_turn:
             begins = max(begins, service.free_at)
             service.free_at = begins + client.ask.work_us
@@ -619,19 +749,27 @@ class World:
         if self._fault("job_crashes"):
             self._in(us // 2, self._die, service)
         else:
-            self._job_ends(request, self._outcome(), us)
+            self._job_ends(request, self._outcome(client.ask), us)
 
-    def _outcome(self) -> str:
+    def _outcome(self, ask: Ask) -> str:
         failed = self._fault("job_fails")
-        return pick(self.chance, ("upstream_error", "timeout")) if failed else "ok"
+        return pick(self.chance, ("upstream_error", "timeout")) if failed else ask.outcome
 
-    def _start_cold(self, service: Service) -> None:
-        """Its first request has it take its memory; who comes meanwhile waits for that as well."""
+    def _start_cold(self, service: Service) -> int:
+        """Its first request has it take its memory; who comes meanwhile waits for that as well.
+
+        Give how long that is; where it is laid down, the work of those who come includes it.
+        """
+        taped = "start" in service.traits.tapes
         if service.starting == service.turn:
-            return
-        self._grow(service, service.traits.load_us)
+            return 0 if taped else service.traits.load_us
+        took = service.took("start")
+        us = took.us if took else service.traits.load_us
+        grows_us = took.memory_us * 3 // 2 if took else us
+        self._grow(service, grows_us)
         service.starting = service.turn
-        self._in(service.traits.load_us, self._cold_started, service, service.turn)
+        self._in(grows_us, self._cold_started, service, service.turn)
+        return us
 
     def _cold_started(self, service: Service, turn: int) -> None:
         need = self._steady(service)
@@ -678,11 +816,12 @@ class World:
 
     def _sample(self) -> None:
         taken = self._stamp()
+        self._last_reading = self.now
         if self._fault("sample_missing"):
             self._tell(5 * MS_US, ev.GpuSample, taken=taken, error="sampler_failed")
             return
         readings = tuple(self._reading(gpu) for gpu in sorted(self.totals))
-        us = self.chance.randint(1, 50) * MS_US
+        us = self.chance.randint(*self.sample_ms) * MS_US
         if self._fault("sample_stale"):
             us += self.chance.randint(1, 8) * SECOND_US
         self._tell(us, ev.GpuSample, taken=taken, gpus=readings)
@@ -704,7 +843,7 @@ class World:
             fields |= {"healthy": False, "failure": failure}
         else:
             fields |= self._answers(service)
-        us = self.chance.randint(1, 40) * MS_US
+        us = self.chance.randint(*service.traits.probe_ms) * MS_US
         if self._fault("probe_slow"):
             us += self.chance.randint(1, 8) * SECOND_US
         self._tell(us, ev.ProbeResult, **fields)

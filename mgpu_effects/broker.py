@@ -28,7 +28,7 @@ from mgpu_core.notes import Note
 from mgpu_core.planners import Planner
 from mgpu_core.replay import Record
 from mgpu_core.scheduler import Scheduler, Transition
-from mgpu_core.state import State
+from mgpu_core.state import Residency, State
 from mgpu_core.why import Waits
 from mgpu_effects.calls import control_session
 from mgpu_effects.carry_out import Executor
@@ -40,6 +40,7 @@ from mgpu_effects.jobs import Job
 from mgpu_effects.proxy import open_session
 from mgpu_effects.services import Services
 from mgpu_effects.settings import Settings
+from mgpu_effects.units import is_model_name, units, with_model, without_model
 from mgpu_effects.watch import Watch
 
 MakeEvent: TypeAlias = Callable[[int], Event]
@@ -53,6 +54,8 @@ ROUTINE = frozenset({"Granted", "Served"})
 # the event log knows it of all.
 ENDED_KEPT = 256
 INTERVALS_KEPT = 128
+# Of models that the configuration does not name so many are kept: any client may ask for one.
+MOST_MET = 32
 
 _log = logging.getLogger(__name__)
 _decisions = logging.getLogger("mgpu.decisions")
@@ -74,6 +77,7 @@ class Broker:
         clock: Clock | None = None,
     ) -> None:
         self.settings = settings
+        self.units = units(settings)
         self.run = secrets.token_hex(4)
         self.failed = asyncio.Event()
         self._clock = clock or Clock()
@@ -87,6 +91,9 @@ class Broker:
         self.observers: list[Callable[[Transition], None]] = []
         self._seq = 0
         self._ended = False
+        # The models that only `*` covers and that somebody asked for, in that order.
+        self._met: dict[str, tuple[str, str]] = {}
+        self._meeting = asyncio.Lock()
         # None ends the loop, after all that came before it; a future is only told its turn.
         self._inbox: asyncio.Queue[
             tuple[MakeEvent, Stepped | None] | asyncio.Future[None] | None
@@ -119,7 +126,7 @@ class Broker:
         self._executor = Executor(
             self._services, self._watch, self._session, self._clock, self.post
         )
-        self._services.configure(self.settings, self.state.config)
+        self._services.configure(self.settings)
         await self._watch.configure(self.settings)
         self._watch.follow(self.state.consumers)
         self._loop = asyncio.create_task(self._run())
@@ -145,9 +152,45 @@ class Broker:
 
         `listen` and `event_log` take a restart.
         """
+        self._met.clear()
+        await self._take_over(settings)
+
+    async def meet(self, server: str, model: str) -> str:
+        """Give a model that only `*` covers a unit of its own, and the unit's name.
+
+        Raises `overloaded` where so many others were met, and all of them are in use, and
+        `bad_request` for what can be no name of a model.
+        """
+        if not is_model_name(model):
+            message = "a model's name has no spaces and at most 200 characters"
+            raise BrokerError(code="bad_request", message=message, consumer=server)
+        name = f"{server}/{model}"
+        async with self._meeting:
+            if name not in self.units:
+                settings = self._room_for_a_model(server)
+                await self._take_over(with_model(settings, server, model))
+                self._met[name] = server, model
+        return name
+
+    def _room_for_a_model(self, server: str) -> Settings:
+        if len(self._met) < MOST_MET:
+            return self.settings
+        for name in self._met:
+            believed = self.state.consumers[name]
+            unused = name not in self.state.waiting and name not in self.state.serving
+            if unused and believed.residency is Residency.ABSENT:
+                return without_model(self.settings, *self._met.pop(name))
+        raise BrokerError(
+            code="overloaded",
+            message=f"{MOST_MET} models are in use that the configuration does not name",
+            consumer=server,
+            retryable=True,
+        )
+
+    async def _take_over(self, settings: Settings) -> None:
         config = core_config(settings)
-        self._services.configure(settings, config)
-        self.settings = settings
+        self._services.configure(settings)
+        self.settings, self.units = settings, units(settings)
         await self.apply(lambda at: Reconfigured(at=at, config=config))
         await self._watch.configure(settings)
 

@@ -3,20 +3,24 @@
 import difflib
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from attrs import frozen
 
-from mgpu_effects.reading import Path, Reader
+from mgpu_effects.reading import Path, Reader, dotted
 from mgpu_effects.settings import (
     KILLED_S,
     ConsumerSettings,
     GpuSettings,
+    ModelSettings,
     SchedulerSettings,
     Settings,
+    Step,
     gpu_numbers,
 )
+from mgpu_effects.steps import with_value
+from mgpu_effects.units import ANY, names_of, units, units_of
 from mgpu_effects.values import HOST, PORT
 
 URL_ADDRESS = re.compile(rf"(https?)://({HOST})(?::({PORT}))?")
@@ -129,8 +133,7 @@ def _check_gpus(settings: Settings) -> Findings:
 
 def _check_fit(settings: Settings) -> Findings:
     """A need that no eviction can meet is a mistake in the file, not a state of the card."""
-    for consumer in settings.consumers.values():
-        here = ("consumers", consumer.name)
+    for here, consumer in _units(settings):
         for index, resident_mib in consumer.resident_mib_by_gpu.items():
             gpu = settings.gpu_by_index.get(index)
             need_mib = max(resident_mib, consumer.vram_load_mib)
@@ -153,13 +156,70 @@ def _usable_mib(gpu: GpuSettings, total_mib: int) -> int:
 
 
 def _check_consumers(settings: Settings) -> Findings:
+    for name, consumer in settings.consumers.items():
+        yield from _check_url(settings, consumer, ("consumers", name, "url"))
+        yield from _check_limits(settings.scheduler, consumer, ("consumers", name))
+    for here, unit in _units(settings):
+        yield from _check_neighbours(settings, unit, (*here, "can_coexist_with"))
+        yield from _check_memory(settings, unit, here)
+        yield from _check_effect(unit, here)
+
+
+def _units(settings: Settings) -> Iterator[tuple[Path, ConsumerSettings]]:
+    """Give whatever is loaded by itself, and where it stands."""
+    for unit in units(settings).values():
+        here: Path = ("consumers", unit.server)
+        yield (*here, "models", unit.unit.model) if unit.unit else here, unit
+
+
+def _check_models(settings: Settings) -> Findings:
+    """A model's name leads to one consumer, and there to one model."""
+    owners: dict[str, Path] = {}
     for consumer in settings.consumers.values():
         here = ("consumers", consumer.name)
-        yield from _check_neighbours(settings, consumer, (*here, "can_coexist_with"))
-        yield from _check_url(settings, consumer, (*here, "url"))
-        yield from _check_memory(settings, consumer, here)
-        yield from _check_limits(settings.scheduler, consumer, here)
-        yield from _check_effect(consumer, here)
+        for path, name in _model_names(consumer, (*here, "models")):
+            owner = owners.setdefault(name, path)
+            if owner != path:
+                yield Finding(path, f"{name} is a name at {dotted(owner)} already")
+        if isinstance(consumer.models, Mapping):
+            yield from _check_own_models(consumer, consumer.models, here)
+        else:
+            for key in _steps_with_model(consumer):
+                text = "{model} stands for one of `models`, and that is no mapping here"
+                yield Finding((*here, key), text, ((*here, "models"),))
+
+
+def _model_names(consumer: ConsumerSettings, here: Path) -> Iterator[tuple[Path, str]]:
+    if not isinstance(consumer.models, Mapping):
+        yield from (((*here, place), name) for place, name in enumerate(consumer.models))
+        return
+    for unit in units_of(consumer):
+        if unit.unit is not None:
+            yield from (((*here, unit.unit.model), name) for name in names_of(consumer, unit))
+
+
+def _check_own_models(
+    consumer: ConsumerSettings, models: Mapping[str, ModelSettings], here: Path
+) -> Findings:
+    if consumer.vram_managed:
+        text = "with vram_managed it loads its models as it likes"
+        yield Finding((*here, "models"), text, ((*here, "vram_managed"),))
+    for key in ("load", "unload"):
+        if getattr(consumer, key) and key not in _steps_with_model(consumer):
+            text = "it must say which of its models: put {model} where the name belongs"
+            yield Finding((*here, key), text, ((*here, "models"),))
+    if ANY in models and (models[ANY].upstream or models[ANY].aliases):
+        text = "it stands for the models that nobody named: it has no name itself"
+        yield Finding((*here, "models", ANY), text)
+
+
+def _steps_with_model(consumer: ConsumerSettings) -> set[str]:
+    steps = {"load": consumer.load, "unload": consumer.unload}
+    return {key for key, given in steps.items() if any(map(_names_a_model, given))}
+
+
+def _names_a_model(step: Step) -> bool:
+    return with_value(step, "model", "a") != with_value(step, "model", "b")
 
 
 def _check_neighbours(settings: Settings, consumer: ConsumerSettings, path: Path) -> Findings:
@@ -167,7 +227,7 @@ def _check_neighbours(settings: Settings, consumer: ConsumerSettings, path: Path
     for place, name in enumerate(consumer.can_coexist_with):
         if name == consumer.name:
             yield Finding((*path, place), "names the consumer itself")
-        elif name not in settings.consumers:
+        elif name not in settings.consumers and name not in units(settings):
             yield _no_consumer(settings, name, (*path, place))
 
 
@@ -248,7 +308,7 @@ def _check_effect(consumer: ConsumerSettings, here: Path) -> Findings:
         yield Finding(path, text, ((*here, "unload"), *ways))
 
 
-def _check_units(settings: Settings) -> Findings:
+def _check_systemd_units(settings: Settings) -> Findings:
     owners: dict[tuple[str, bool], str] = {}
     for consumer in settings.consumers.values():
         here = ("consumers", consumer.name)
@@ -314,5 +374,6 @@ CHECKS: tuple[Callable[[Settings], Findings], ...] = (
     _check_gpus,
     _check_fit,
     _check_consumers,
-    _check_units,
+    _check_models,
+    _check_systemd_units,
 )

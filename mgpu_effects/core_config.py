@@ -1,14 +1,18 @@
 """What the scheduler decides by, taken from the user's settings: `core_config`."""
 
+from collections.abc import Mapping
+
 from mgpu_core.config import SECOND_US, Config, Consumer, Driver, Gpu, config_of
 from mgpu_effects.settings import ConsumerSettings, Settings
+from mgpu_effects.units import units
 
 
 def core_config(settings: Settings) -> Config:
     """Make the core's configuration: MiB, microseconds and counts, nothing that could be secret."""
     scheduler, probe = settings.scheduler, settings.probe
+    all_units = units(settings)
     return config_of(
-        *(_consumer(consumer) for consumer in settings.consumers.values()),
+        *(_consumer(unit, all_units) for unit in all_units.values()),
         gpus=_gpus(settings),
         eviction=scheduler.eviction,
         overtake_bound=scheduler.overtake_bound,
@@ -39,9 +43,11 @@ def _gpus(settings: Settings) -> tuple[Gpu, ...]:
     )
 
 
-def _consumer(consumer: ConsumerSettings) -> Consumer:
+def _consumer(consumer: ConsumerSettings, all_units: Mapping[str, ConsumerSettings]) -> Consumer:
     return Consumer(
         name=consumer.name,
+        server=consumer.server,
+        server_concurrency=consumer.unit.concurrency if consumer.unit else None,
         vram_mib=consumer.resident_mib_by_gpu,
         vram_load_mib=consumer.vram_load_mib,
         vram_residue_mib=consumer.vram_residue_mib,
@@ -51,7 +57,7 @@ def _consumer(consumer: ConsumerSettings) -> Consumer:
         load_route=bool(consumer.load),
         unload_route=bool(consumer.unload),
         driver=_driver(consumer),
-        can_coexist_with=tuple(sorted(consumer.can_coexist_with)),
+        can_coexist_with=_neighbours(consumer, all_units),
         priority=consumer.priority,
         max_concurrency=consumer.max_concurrency,
         max_pending=consumer.max_pending,
@@ -59,6 +65,15 @@ def _consumer(consumer: ConsumerSettings) -> Consumer:
         preload=consumer.preload,
         idle_unload_us=_us_or_none(consumer.idle_unload_s),
     )
+
+
+def _neighbours(
+    consumer: ConsumerSettings, all_units: Mapping[str, ConsumerSettings]
+) -> tuple[str, ...]:
+    """Who names a consumer names all of its models."""
+    named = {*consumer.can_coexist_with}
+    found = (name for name, unit in all_units.items() if named & {name, unit.server})
+    return tuple(sorted(name for name in found if name != consumer.name))
 
 
 def _driver(consumer: ConsumerSettings) -> Driver:

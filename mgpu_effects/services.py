@@ -2,11 +2,10 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from aiohttp import ClientSession
 
-from mgpu_core.config import Config
 from mgpu_core.effects import How
 from mgpu_core.events import Outcome
 from mgpu_effects.drivers import Driver, make_driver
@@ -15,6 +14,7 @@ from mgpu_effects.jobs import Job
 from mgpu_effects.probes import ProbeFacts, probe
 from mgpu_effects.settings import ConsumerSettings, SchedulerSettings, Settings
 from mgpu_effects.steps import run_steps
+from mgpu_effects.units import units
 
 
 class Services:
@@ -28,31 +28,35 @@ class Services:
         self._session = session
         self._on_exit = on_exit
         self._limits = SchedulerSettings()
+        self._whole: Mapping[str, ConsumerSettings] = {}
         self._consumers: dict[str, ConsumerSettings] = {}
-        self._servers: dict[str, str] = {}
+        # By server: what runs it, and the settings that its driver was made from.
         self._drivers: dict[str, Driver | None] = {}
-        # The settings that each driver was made from.
         self._made_from: dict[str, ConsumerSettings] = {}
         self._orders: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def __getitem__(self, name: str) -> ConsumerSettings:
-        return self._consumers[name]
+        """Give a unit, or a consumer of several as a whole."""
+        return self._consumers.get(name) or self._whole[name]
 
-    def configure(self, settings: Settings, config: Config) -> None:
-        """Take over checked settings and the core's configuration that was made from them."""
+    def configure(self, settings: Settings) -> None:
+        """Take over checked settings."""
         self._limits = settings.scheduler
-        self._consumers.update(settings.consumers)
-        self._servers.update({name: c.server for name, c in config.consumers.items()})
-        for name in settings.consumers:
-            if name not in self._drivers:
-                self._make_driver(name)
+        self._whole = settings.consumers
+        self._consumers.update(units(settings))
+        for consumer in self._consumers.values():
+            if consumer.server not in self._drivers:
+                self._make_driver(consumer)
 
     async def forget_all_but(self, names: Collection[str]) -> None:
         """Let go of those whom the core knows no more; what their drivers run is ended."""
-        gone = [name for name in self._consumers if name not in names]
-        drivers = [self._drivers.pop(name) for name in gone]
-        for name in gone:
-            del self._consumers[name], self._made_from[name], self._servers[name]
+        for name in [name for name in self._consumers if name not in names]:
+            del self._consumers[name]
+        servers = {consumer.server for consumer in self._consumers.values()}
+        gone = [server for server in self._drivers if server not in servers]
+        drivers = [self._drivers.pop(server) for server in gone]
+        for server in gone:
+            del self._made_from[server]
         for driver in drivers:
             if driver is not None:
                 await driver.close()
@@ -60,10 +64,10 @@ class Services:
     async def load(self, name: str) -> str | None:
         """Bring it up and in. None, or the code of what failed."""
         consumer = self._consumers[name]
-        async with self._orders[self._servers[name]]:
+        async with self._orders[consumer.server]:
             try:
                 async with asyncio.timeout(self._limits.load_timeout_s):
-                    driver = await self._current_driver(name)
+                    driver = await self._current_driver(consumer)
                     if driver and (not consumer.load or await driver.running() is False):
                         error = await driver.start()
                         if error is not None:
@@ -74,8 +78,9 @@ class Services:
 
     async def unload(self, name: str, how: How) -> str | None:
         """Have it give its memory back. None (which means accepted), or the code of what failed."""
-        consumer, driver = self._consumers[name], self._drivers[name]
-        async with self._orders[self._servers[name]]:
+        consumer = self._consumers[name]
+        driver = self._drivers[consumer.server]
+        async with self._orders[consumer.server]:
             try:
                 async with asyncio.timeout(self._limits.unload_timeout_s):
                     if driver and (how == "driver" or not consumer.unload):
@@ -87,7 +92,8 @@ class Services:
                 return "timeout"
 
     async def probe(self, name: str, timeout_s: float) -> ProbeFacts:
-        return await probe(self._session, self._consumers[name], timeout_s, self._drivers[name])
+        consumer = self._consumers[name]
+        return await probe(self._session, consumer, timeout_s, self._drivers[consumer.server])
 
     async def follow(self, consumer: ConsumerSettings, job: Job, identity: JobId) -> Outcome:
         """Wait until a job is over; by the settings that its request was served with."""
@@ -98,18 +104,36 @@ class Services:
         drivers = [driver for driver in self._drivers.values() if driver is not None]
         await asyncio.gather(*(driver.close() for driver in drivers))
 
-    async def _current_driver(self, name: str) -> Driver | None:
+    async def _current_driver(self, consumer: ConsumerSettings) -> Driver | None:
         """Give its driver; new settings take over where nothing runs by the old ones."""
-        driver = self._drivers[name]
-        if self._made_from[name] != self._consumers[name]:
+        driver = self._drivers[consumer.server]
+        if self._made_from[consumer.server] != _as_server(consumer):
             if driver is not None:
                 if await driver.running():
                     return driver
                 await driver.close()
-            self._make_driver(name)
-        return self._drivers[name]
+            self._make_driver(consumer)
+        return self._drivers[consumer.server]
 
-    def _make_driver(self, name: str) -> None:
-        consumer = self._consumers[name]
-        self._made_from[name] = consumer
-        self._drivers[name] = make_driver(consumer, self._session, lambda: self._on_exit(name))
+    def _make_driver(self, consumer: ConsumerSettings) -> None:
+        server = consumer.server
+        self._made_from[server] = made_from = _as_server(consumer)
+        self._drivers[server] = make_driver(
+            made_from, self._session, lambda: self._has_exited(server)
+        )
+
+    def _has_exited(self, server: str) -> None:
+        for name, consumer in self._consumers.items():
+            if consumer.server == server:
+                self._on_exit(name)
+
+
+def _as_server(consumer: ConsumerSettings) -> ConsumerSettings:
+    """Give what is the same for all models of a server, of what a driver is made from."""
+    return ConsumerSettings(
+        name=consumer.server,
+        url=consumer.url,
+        health=consumer.health,
+        headers=consumer.headers,
+        driver=consumer.driver,
+    )

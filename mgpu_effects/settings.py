@@ -11,6 +11,7 @@ from attrs import field, frozen
 
 from mgpu_effects.shapes import (
     NAMED,
+    UNWRITTEN,
     Between,
     ExactlyOneKey,
     Later,
@@ -35,6 +36,7 @@ from mgpu_effects.values import (
     HeaderValue,
     Method,
     Mib,
+    ModelName,
     Name,
     Origin,
     Priority,
@@ -43,11 +45,13 @@ from mgpu_effects.values import (
     Signal,
     Status,
     Text,
+    UnitName,
     Url,
     UrlPath,
     VariableName,
 )
 
+Gpu = GpuIndex | Annotated[Mapping[GpuIndex, Mib], NotEmpty()] | Literal["none"]
 Kind = Literal["tts", "stt", "llm", "image"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KindName = Annotated[str, OneOf(KINDS)]
@@ -190,6 +194,54 @@ class Timeouts:
 
 
 @frozen(kw_only=True)
+class ModelSettings:
+    """One model of a service that holds several. What is null is as its consumer's."""
+
+    upstream: Text | None = field(
+        default=None, metadata=doc("what its service calls it; null: as it is called here")
+    )
+    aliases: tuple[ModelName, ...] = field(
+        default=(), metadata=doc("other names by which clients may ask for it")
+    )
+    gpu: Gpu | None = field(default=None, metadata=doc("the GPUs that it uses"))
+    vram_resident_mib: Mib | Literal["auto"] | None = field(
+        default=None, metadata=doc("its footprint")
+    )
+    vram_load_mib: Mib | None = field(
+        default=None, metadata=doc("its footprint while it loads, where that is more")
+    )
+    vram_residue_mib: Mib | None = field(
+        default=None, metadata=doc("what stays after an unload of it")
+    )
+    can_coexist_with: tuple[UnitName, ...] | None = field(
+        default=None, metadata=doc("who may stay resident beside it")
+    )
+    priority: Priority | None = field(default=None, metadata=doc("0 low ... 4 urgent"))
+    max_concurrency: AtLeastOne | None = field(
+        default=None, metadata=doc("jobs at once on this model; its consumer's is over all models")
+    )
+    max_pending: AtLeastOne | None = field(
+        default=None, metadata=doc("requests admitted and unfinished")
+    )
+    pinned: bool | None = field(default=None, metadata=doc("never evicted"))
+    preload: bool | None = field(default=None, metadata=doc("loaded at the start"))
+    idle_unload_s: Seconds | None = field(
+        default=None, metadata=doc("unloaded after so long without work")
+    )
+
+
+@frozen(kw_only=True)
+class Unit:
+    """Which model of which consumer a unit is."""
+
+    server: str
+    model: str
+    upstream: str
+    # Of the server, over all of its models.
+    concurrency: int
+
+
+@frozen(kw_only=True)
 class ConsumerSettings:
     """One service behind the broker."""
 
@@ -204,7 +256,14 @@ class ConsumerSettings:
     headers: Mapping[HeaderName, HeaderValue] = field(
         factory=dict, metadata=doc("sent with every call to it, as its API key")
     )
-    gpu: GpuIndex | Annotated[Mapping[GpuIndex, Mib], NotEmpty()] | Literal["none"] = field(
+    models: tuple[ModelName, ...] | Mapping[ModelName, ModelSettings] = field(
+        default=(),
+        metadata=doc(
+            "names of models: in a list, other names for this consumer; in a mapping, each is"
+            " loaded and unloaded by itself, and `*` stands for those that nobody named"
+        ),
+    )
+    gpu: Gpu = field(
         default=0,
         metadata=doc(
             "the GPU that it uses, or the MiB that it takes on each of several, or none: it works"
@@ -246,8 +305,9 @@ class ConsumerSettings:
             " little"
         ),
     )
-    can_coexist_with: tuple[Name, ...] = field(
-        default=(), metadata=doc("the consumers that may stay resident beside it")
+    can_coexist_with: tuple[UnitName, ...] = field(
+        default=(),
+        metadata=doc("the consumers, or models as CONSUMER/ID, that may stay resident beside it"),
     )
     priority: Priority = field(default=2, metadata=doc("0 low ... 4 urgent"))
     max_concurrency: AtLeastOne = field(default=1, metadata=doc("jobs at once"))
@@ -275,6 +335,12 @@ class ConsumerSettings:
         ),
     )
     timeout_s: Timeouts = field(factory=Timeouts, metadata=doc("limits on one request"))
+    unit: Unit | None = field(default=None, metadata=UNWRITTEN)
+
+    @property
+    def server(self) -> str:
+        """The name of the consumer whose process it lives in."""
+        return self.unit.server if self.unit else self.name
 
     @property
     def resident_mib_by_gpu(self) -> Mapping[int, int]:
@@ -457,7 +523,6 @@ LATER_KEYS: Mapping[type, tuple[str, ...]] = {
     ConsumerSettings: (
         "busy",
         "front",
-        "models",
         "passive",
         "preset",
         "residency",

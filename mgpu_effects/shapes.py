@@ -227,6 +227,8 @@ def doc(text: str) -> dict[str, object]:
 
 # The field takes the name under which its object stands in the mapping around it.
 NAMED = {"named": True}
+# The field is set by the program: nothing in the file says it.
+UNWRITTEN = {"unwritten": True}
 
 
 def name_field(cls: type) -> str | None:
@@ -240,7 +242,7 @@ def keys_of(cls: type) -> Mapping[str, Key]:
     hints = get_type_hints(cls, include_extras=True)
     keys: dict[str, Key] = {}
     for attribute in fields(cls):
-        if not attribute.metadata.get("named"):
+        if attribute.init and not attribute.metadata.keys() & {"named", "unwritten"}:
             for key in _keys_of_field(attribute, hints[attribute.name]):
                 keys[key.name] = key
     return keys

@@ -28,6 +28,16 @@ Name = Annotated[
     str,
     Matching("[0-9A-Za-z][0-9A-Za-z._-]*", "a name of letters, digits and . _ -"),
 ]
+# As its service calls it: it may hold slashes and colons.
+MODEL = r"[^\s\0?#]+"
+ModelName = Annotated[str, Matching(MODEL, "the name of a model, without spaces")]
+UnitName = Annotated[
+    str,
+    Matching(
+        f"[0-9A-Za-z][0-9A-Za-z._-]*(?:/{MODEL})?",
+        "the name of a consumer, or of a model as CONSUMER/ID",
+    ),
+]
 Url = Annotated[
     str,
     Matching(

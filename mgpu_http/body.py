@@ -1,9 +1,11 @@
 """A request's body, and the only place that reads what a client sends."""
 
 import asyncio
+import mmap
 import os
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from starlette.types import Receive
@@ -45,6 +47,15 @@ class SpooledBody:
     async def _pieces(self, file: BinaryIO) -> AsyncIterator[bytes]:
         for start in range(0, self.size, PIECE_BYTES):
             yield await asyncio.to_thread(os.pread, file.fileno(), PIECE_BYTES, start)
+
+    @contextmanager
+    def view(self) -> Iterator[bytes | mmap.mmap]:
+        """Give all of it for looking at, without taking a file into memory."""
+        if self._file is None:
+            yield bytes(self._memory)
+            return
+        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            yield view
 
     def close(self) -> None:
         self._memory.clear()

@@ -35,6 +35,7 @@ class Operation:
 
 MAX_WAIT = ("X-Mgpu-Max-Wait", "header", "how many seconds it may wait")
 PRIORITY = ("X-Mgpu-Priority", "header", "0 low to 4 urgent, at most the consumer's or the key's")
+MODEL = ("model", "query", "of a consumer with several models: which of them")
 FORCE = ("force", "query", "1: at once, with what it serves")
 
 WORK = tuple(
@@ -76,10 +77,10 @@ STEERING = tuple(
         parameters=parameters,
     )
     for id_, handler, summary, parameters in (
-        ("load", steer.load, "Bring a consumer in", ()),
-        ("unload", steer.unload, "Send a consumer out, after what it serves", (FORCE,)),
-        ("pin", steer.pin, "Keep a consumer from being evicted", ()),
-        ("unpin", steer.unpin, "Let a consumer be evicted again", ()),
+        ("load", steer.load, "Bring a consumer in", (MODEL,)),
+        ("unload", steer.unload, "Send a consumer out, after what it serves", (MODEL, FORCE)),
+        ("pin", steer.pin, "Keep a consumer from being evicted", (MODEL,)),
+        ("unpin", steer.unpin, "Let a consumer be evicted again", (MODEL,)),
     )
 )
 

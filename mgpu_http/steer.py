@@ -1,6 +1,6 @@
 """Seeing and steering: the answers of the broker itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -9,6 +9,7 @@ from mgpu_core.codec import encode_note
 from mgpu_core.events import Drain, Event, Load, Pin, Resume, Unload
 from mgpu_effects.config_file import ConfigErrors
 from mgpu_effects.errors import BrokerError
+from mgpu_effects.units import unit_name, units_of
 from mgpu_http.exchange import Exchange, Service
 from mgpu_http.status import VERSION, explained, snapshot
 
@@ -59,43 +60,77 @@ def unknown_request(wanted: str) -> BrokerError:
 
 
 async def load(service: Service, _exchange: Exchange, request: Request) -> Response:
-    name = consumer_name(service, request)
-    return await steered(service, name, lambda at: Load(at=at, consumer=name))
+    name = only_unit(service, request)
+    return await steered(service, (name,), lambda at: Load(at=at, consumer=name))
 
 
 async def unload(service: Service, _exchange: Exchange, request: Request) -> Response:
-    name = consumer_name(service, request)
+    names = unit_names(service, request)
     force = request.query_params.get("force", "0") in {"1", "true"}
-    return await steered(service, name, lambda at: Unload(at=at, consumers=(name,), force=force))
+    return await steered(service, names, lambda at: Unload(at=at, consumers=names, force=force))
 
 
 async def pin(service: Service, _exchange: Exchange, request: Request) -> Response:
-    name = consumer_name(service, request)
-    return await steered(service, name, lambda at: Pin(at=at, consumer=name))
+    return await _pinned(service, request, pinned=True)
 
 
 async def unpin(service: Service, _exchange: Exchange, request: Request) -> Response:
-    name = consumer_name(service, request)
-    return await steered(service, name, lambda at: Pin(at=at, consumer=name, pinned=False))
+    return await _pinned(service, request, pinned=False)
 
 
-async def steered(service: Service, name: str, make: Callable[[int], Event]) -> Response:
-    """Have it stepped, and answer with what became of the consumer and why."""
-    transition = await service.broker.apply(make)
-    return JSONResponse(
-        {
-            "consumer": name,
-            "residency": transition.state.consumers[name].residency.value,
-            "notes": [encode_note(note) for note in transition.notes],
-        }
-    )
+async def _pinned(service: Service, request: Request, *, pinned: bool) -> Response:
+    names = unit_names(service, request)
+
+    def make(name: str) -> Callable[[int], Event]:
+        return lambda at: Pin(at=at, consumer=name, pinned=pinned)
+
+    return await steered(service, names, *map(make, names))
 
 
-def consumer_name(service: Service, request: Request) -> str:
+async def steered(
+    service: Service, names: Sequence[str], *events: Callable[[int], Event]
+) -> Response:
+    """Have them stepped, and answer with what became of the consumer and why.
+
+    Of several models at once there is a residency for each.
+    """
+    transitions = [await service.broker.apply(make) for make in events]
+    consumers = transitions[-1].state.consumers
+    residencies = {name: consumers[name].residency.value for name in names}
+    notes = [encode_note(note) for transition in transitions for note in transition.notes]
+    if len(names) > 1:
+        return JSONResponse({"consumers": residencies, "notes": notes})
+    return JSONResponse({"consumer": names[0], "residency": residencies[names[0]], "notes": notes})
+
+
+def unit_names(service: Service, request: Request) -> tuple[str, ...]:
+    """Give the unit that is meant: a consumer, one of its models, or all of them."""
     name: str = request.path_params["name"]
-    if name not in service.broker.settings.consumers:
+    broker = service.broker
+    consumer = broker.settings.consumers.get(name)
+    if consumer is None:
         raise BrokerError(code="no_consumer", message=f"there is no consumer named {name}")
-    return name
+    model = request.query_params.get("model")
+    if name in broker.units:
+        if model is not None:
+            message = f"{name} is loaded and unloaded as a whole: it has no models of its own"
+            raise BrokerError(code="bad_request", message=message)
+        return (name,)
+    if model is None:
+        return tuple(unit.name for unit in units_of(consumer))
+    found = unit_name(consumer, model)
+    if found is None:
+        message = f"nobody has asked for {model} yet, so that nothing is known of it"
+        raise BrokerError(code="no_consumer", message=message, consumer=name)
+    return (found,)
+
+
+def only_unit(service: Service, request: Request) -> str:
+    names = unit_names(service, request)
+    if len(names) != 1:
+        message = f"say which model: ?model=ID, one of {', '.join(names)}"
+        raise BrokerError(code="bad_request", message=message)
+    return names[0]
 
 
 async def drain(service: Service, _exchange: Exchange, _request: Request) -> Response:

@@ -11,9 +11,11 @@ from mgpu_core.requests import refusal
 from mgpu_effects.errors import SHUTTING_DOWN, BrokerError, of_reject
 from mgpu_effects.jobs import Body, Headers, Job
 from mgpu_effects.settings import ConsumerSettings, Kind
+from mgpu_effects.units import unit_name
 from mgpu_http.auth import CREDENTIALS, Caller
 from mgpu_http.body import ClientGoneError, SpooledBody, refuse_beyond
 from mgpu_http.exchange import Exchange, Service
+from mgpu_http.models import asked_model, renamed
 from mgpu_http.paths import with_query
 
 
@@ -31,16 +33,23 @@ async def work(service: Service, exchange: Exchange, request: requests.Request, 
     max_wait_s = asked_max_wait_s(request)
     limit_bytes = service.broker.settings.max_body_mib << 20
     refuse_beyond(limit_bytes, int(request.headers.get("content-length", "0")))
-    await refuse_early(service, exchange, consumer.name, kind)
+    if consumer.name in service.broker.units:
+        await refuse_early(service, exchange, consumer.name, kind)
     try:
         body = await exchange.intake.take(limit_bytes, consumer.timeout_s.upload)
     except ClientGoneError:
         return
+    try:
+        name, body = await unit_of(service, consumer, body, request)
+    except BaseException:
+        body.close()
+        raise
+    exchange.consumer = name
     job = make_job(
         exchange,
         request.scope,
         body,
-        consumer=consumer.name,
+        consumer=name,
         kind=kind,
         method=endpoint.method,
         path=with_query(endpoint.path, request.scope["query_string"]),
@@ -106,6 +115,25 @@ async def refuse_early(service: Service, exchange: Exchange, consumer: str, kind
             raise of_reject(effect)
     # It changed its mind in between. This was no request yet: the one with the body follows.
     await broker.apply(lambda at: Cancel(at=at, request=exchange.id))
+
+
+async def unit_of(
+    service: Service, consumer: ConsumerSettings, body: SpooledBody, request: requests.Request
+) -> tuple[str, SpooledBody]:
+    """Give the unit that a request goes to, and the body that names its model as its service does.
+
+    Where the consumer is one unit by itself, what the body asks for is the service's business.
+    """
+    broker = service.broker
+    if consumer.name in broker.units:
+        return consumer.name, body
+    asked = await asked_model(body, request.headers.get("content-type", ""))
+    model = asked.model if asked else None
+    name = unit_name(consumer, model) or await broker.meet(consumer.name, model or "")
+    unit = broker.units[name].unit
+    if asked is not None and unit is not None and asked.model != unit.upstream:
+        body = await renamed(body, asked, unit.upstream)
+    return name, body
 
 
 def routed(service: Service, kind: Kind) -> ConsumerSettings:

@@ -6,7 +6,7 @@ import urllib.error
 import urllib.request
 from argparse import Namespace
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from mgpu_http.commands.output import (
     DEFAULT_URL,
@@ -54,14 +54,20 @@ def _refused(error: urllib.error.HTTPError) -> CommandError:
 
 
 def consumer(arguments: Namespace) -> int:
-    """load, unload, pin and unpin."""
-    query = "?force=1" if getattr(arguments, "force", False) else ""
-    name = quote(arguments.consumer, safe="")
-    answer = call(arguments, "POST", f"/v1/consumers/{name}/{arguments.command.name}{query}")
+    """load, unload, pin and unpin; a model is named as in a status: CONSUMER/ID."""
+    name, _, model = arguments.consumer.partition("/")
+    asked = {"model": model} if model else {}
+    if getattr(arguments, "force", False):
+        asked["force"] = "1"
+    query = f"?{urlencode(asked)}" if asked else ""
+    path = f"/v1/consumers/{quote(name, safe='')}/{arguments.command.name}{query}"
+    answer = call(arguments, "POST", path)
     if arguments.json:
         document(answer)
     else:
-        result(f"{answer['consumer']} is {answer['residency']}")
+        several = answer.get("consumers") or {answer["consumer"]: answer["residency"]}
+        for one, residency in several.items():
+            result(f"{one} is {residency}")
         for note in answer["notes"]:
             details = {key: value for key, value in note.items() if key not in {"type", "consumer"}}
             result("  ".join(["", note["type"], *(f"{k}: {v}" for k, v in details.items())]))

@@ -8,7 +8,6 @@ from aiohttp import ClientSession
 from attrs import evolve
 
 from mgpu_effects.calls import control_session
-from mgpu_effects.core_config import core_config
 from mgpu_effects.services import Services
 from mgpu_effects.settings import (
     ConsumerSettings,
@@ -31,7 +30,7 @@ async def session() -> AsyncIterator[ClientSession]:
 def services(session: ClientSession, consumer: ConsumerSettings) -> Services:
     made = Services(session, on_exit=lambda _name: None)
     settings = Settings(consumers={consumer.name: consumer}, scheduler=SchedulerSettings())
-    made.configure(settings, core_config(settings))
+    made.configure(settings)
     return made
 
 

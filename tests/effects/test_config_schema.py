@@ -145,7 +145,7 @@ BAD = [
     "consumers: {a: {url: h}}",
     _consumer("name: a"),
     _consumer("preset: x"),
-    _consumer("models: [x]"),
+    _consumer("models: ['a b']"),
     _consumer("on_client_gone: job"),
     _consumer("priority: 5"),
     _consumer("priority: '2'"),

@@ -21,6 +21,7 @@ from unittest import mock
 from mgpu_effects.gpu import SIMULATED_GPU
 from tests.support.facade import Address, ServeProcess, serve_process
 from tests.support.gpu_service import Card, Habits, journal
+from tests.support.router import Models
 from tests.support.upstream import READY_S, Upstream
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,14 @@ class GpuHost:
     def start(self, name: str, **habits: Any) -> Upstream:
         """Run a service; see `Habits`. Ended before, it starts again on its old port."""
         port = self.services[name].port if name in self.services else 0
-        command = service_command(self, name, **{"port": port, **habits})
+        return self._run(name, service_command(self, name, **{"port": port, **habits}))
+
+    def start_router(self, name: str, **models: Any) -> Upstream:
+        """Run a server of several models; see `Models`."""
+        told = json.dumps(asdict(Models(name=name, directory=str(self.directory), **models)))
+        return self._run(name, [sys.executable, "-m", "tests.support.router", told])
+
+    def _run(self, name: str, command: list[str]) -> Upstream:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
         self._stack.callback(_end, process)
         assert process.stdout is not None

@@ -158,6 +158,12 @@ def minimize_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def to_test_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--as", choices=("pytest", "transcript"), default="pytest", help="its form [pytest]"
+    )
+
+
 def own_planner(parser: ArgumentParser) -> None:
     parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
@@ -387,6 +393,13 @@ COMMANDS = (
         example="mgpu log minimize /var/lib/mgpu --until diverges -o small.jsonl",
         run="commands.log_minimize:minimize",
         add=(event_log, minimize_arguments, own_planner, as_json),
+    ),
+    Command(
+        name="log to-test",
+        help="give a test of the scheduler from a log, names and times made plain",
+        example="mgpu log to-test small.jsonl > tests/core/test_small.py",
+        run="commands.log_to_test:to_test",
+        add=(event_log, to_test_arguments, as_json),
     ),
     Command(
         name="log apply",

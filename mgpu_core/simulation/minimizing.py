@@ -12,7 +12,6 @@ with their reasons, and what is believed of everybody whom one of them names.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, TypeAlias
 
 from attrs import define, evolve, field, frozen
@@ -188,10 +187,12 @@ class Search:
     def run(self) -> Smallest | None:
         """Give the smallest that was found; None: the log can't be told so that it fails again."""
         cases = begun_later(self.found, self.planner)
-        with suppress(EnoughError):
+        try:
             failing = next((case for case in cases if self.fails(case)), None)
             if failing is not None:
                 simplest(in_groups(failing, self.fails), self.fails)
+        except EnoughError:
+            return self.best
         return self.best
 
     def whole(self) -> Smallest:
@@ -272,17 +273,18 @@ def _retraced(
     wanted = {0, *(count - (1 << power) for power in range(count.bit_length()))}
     watched = None if planner is None else Watched(planner)
     scheduler, state = Scheduler(found.start.config, watched), found.start
-    states, marked = {}, []
+    states, told_apart = {}, []
     for number, event in enumerate(found.events):
         if number in wanted:
             states[number] = state
-        marked.append(_marked(event, state))
+        told_apart.append(marked(event, state))
         if number < count - 1:  # the last one may bring the scheduler down
             state = scheduler.step(state, event).state
-    return states, tuple(marked)
+    return states, tuple(told_apart)
 
 
-def _marked(event: ev.Event, state: State) -> ev.Event:
+def marked(event: ev.Event, state: State) -> ev.Event:
+    """Give an answer with its epoch as `OPEN` or `STALE`; anything else as it is."""
     if not isinstance(event, ev.UnloadDone | ev.SwapDone):
         return event
     kind = "load" if isinstance(event, ev.SwapDone) else "unload"

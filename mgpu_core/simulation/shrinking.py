@@ -131,11 +131,12 @@ def case_of(report: Report, planner: Planner | None = None) -> Case:
 def told(
     case: Case, planner: Planner | None = None, *, wanted: str = "", ticks: bool = True
 ) -> Retold:
-    """Feed a case to a scheduler, up to the first violation that single steps show.
+    """Feed a case to a scheduler, up to the first violation of `wanted` that single steps show.
 
     `ticks`: they come when it asks for them, not only where the case has one.
     """
     retelling = _Retelling(case.config, planner, wanted, case.start)
+    retelling.alone = wanted
     violation = retelling.all_of(case.events, ticks=ticks)
     return Retold(log=tuple(retelling.log), violation=violation)
 
@@ -169,6 +170,7 @@ class _Retelling:
         self.witness = Witness(self.state, self.watched, wanted, late=start is not None)
         self.log: list[tuple[ev.Event, Transition]] = []
         self._first = () if start else (START,)
+        self.alone = ""  # the one property that it stops at; empty: at any
 
     @property
     def judge(self) -> Judge:
@@ -209,7 +211,8 @@ class _Retelling:
             return gives_up(error)
         self.state = transition.state
         self.log.append((event, transition))
-        return next(iter(self.witness.see(event, transition)), None)
+        seen = self.witness.see(event, transition)
+        return next((one for one in seen if self.alone in {"", one.property}), None)
 
     def marked(self, events: Sequence[ev.Event]) -> Iterator[ev.Event]:
         """Give them with the epochs of answers as `OPEN` or `STALE`."""

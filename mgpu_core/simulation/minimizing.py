@@ -39,7 +39,7 @@ from mgpu_core.simulation.world import START_US
 from mgpu_core.state import State
 
 DIVERGES, PLANNER = "diverges", "planner"
-# What can be asked for, and what it means where `PROPERTIES` does not say so.
+# What can be asked for.
 CHECKS = (DIVERGES, INVARIANT, PLANNER, *ORACLES)
 # So many events before the failing one are kept at most; half of them at least.
 KEPT_EVENTS = 8_192
@@ -110,7 +110,7 @@ class Finder:
             transition = self._scheduler.step(before, event)
         except Exception as error:  # noqa: BLE001 - a step never raises
             violation = gives_up(error)
-            fails = self.check in {"", violation.property}
+            fails = self.check in {"", DIVERGES, violation.property}
             self.lose()
             return self._found(record, violation) if fails else None
         self.state = transition.state
@@ -130,6 +130,8 @@ class Finder:
         return next((one for one in seen if self.check in {"", one.property}), None)
 
     def _keep(self, event: ev.Event) -> None:
+        if isinstance(event, ev.Started):  # nothing of an earlier run is under way any more
+            self._start, self._kept, self._half = self.state, [], None
         if len(self._kept) == KEPT_EVENTS // 2:
             self._half = self.state
         if len(self._kept) == KEPT_EVENTS:

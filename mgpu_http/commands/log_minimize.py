@@ -24,7 +24,15 @@ from mgpu_core.planners import Planner
 from mgpu_core.replay import Record
 from mgpu_core.scheduler import Scheduler, Transition
 from mgpu_core.simulation import PROPERTIES
-from mgpu_core.simulation.minimizing import CHECKS, DIVERGES, Finder, Found, Search, Smallest
+from mgpu_core.simulation.minimizing import (
+    CHECKS,
+    DIVERGES,
+    PLANNER,
+    Finder,
+    Found,
+    Search,
+    Smallest,
+)
 from mgpu_core.simulation.run import INVARIANT
 from mgpu_core.state import State
 from mgpu_core.transcript import configured, transcript
@@ -56,6 +64,8 @@ def minimize(arguments: Namespace) -> int:
     """Exit code 0: something fails, and the smallest log of it is written; 1: nothing fails."""
     if arguments.until is not None and arguments.until not in CHECKS:
         raise CommandError(f"--until {arguments.until}: it is one of {', '.join(CHECKS)}", USAGE)
+    if arguments.until == PLANNER and not arguments.planner:
+        raise CommandError(f"--until {PLANNER}: it takes --planner MODULE:NAME", USAGE)
     if arguments.seconds < 0:
         raise CommandError("--seconds is a number from 0 on", USAGE)
     source, path = Source.of(arguments), _path(arguments)
@@ -146,9 +156,9 @@ class Hunt:
         search = Search(self.found, self.planner, self._more)
         self._until = time.monotonic() + self.seconds
         if self.seconds > 0:
-            message("looking for a smaller history (Ctrl-C: enough)")
             with self._progress:
                 try:
+                    message("looking for a smaller history (Ctrl-C: enough)")
                     search.run()
                 except KeyboardInterrupt:
                     message("enough: this is the smallest so far")

@@ -1,13 +1,13 @@
 """`mgpu log minimize`: what fails in a log of thousands of events is shown in a few."""
 
+import itertools
 import json
 import os
 import random
-import signal
+import re
 import stat
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from mgpu_core.simulation.oracles import ORACLES
 from mgpu_core.simulation.world import World
 from mgpu_core.state import Phase
 from mgpu_effects.event_log import encode_line, read
+from mgpu_http.cli import main
+from mgpu_http.commands import log_minimize
 from tests.golden.golden import DIVERGES
 from tests.planted.planting import planted
 from tests.planted.plants import PLANTS
@@ -220,26 +222,28 @@ def test_a_log_that_begins_in_mid_work_is_judged_from_when_that_is_over(place: P
     assert "events fails any check" in nothing.stdout
 
 
-def test_when_interrupted_it_keeps_the_smallest_so_far(place: Path) -> None:
-    log = tampered(place, late_event("Serve"), "Serve")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mgpu_http.cli", "log", "minimize", log, "-o", "small.jsonl"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert process.stderr is not None
-    deadline = time.monotonic() + LIMIT_S
-    while "looking for a smaller history" not in process.stderr.readline():
-        assert time.monotonic() < deadline
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, err
-    assert "fails:   diverges" in out
-    assert "again:   mgpu replay small.jsonl" in out
+@pytest.mark.parametrize("after", [0, 30])
+def test_when_interrupted_it_keeps_the_smallest_so_far(
+    place: Path, after: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where there is none yet: then that is the end of the log itself."""
+    tries, more = itertools.count(), log_minimize.Hunt._more
+
+    def interrupted(hunt: Any, events: int | None) -> bool:
+        if next(tries) == after:
+            raise KeyboardInterrupt
+        return more(hunt, events)
+
+    monkeypatch.setattr(log_minimize.Hunt, "_more", interrupted)
+    monkeypatch.chdir(place)
+    assert main(["log", "minimize", str(DIVERGES), "-o", "small.jsonl"]) == 0
+    said = capsys.readouterr()
+    assert "enough: this is the smallest so far" in said.err
+    assert "fails:   diverges" in said.out
     run(place, "replay", "small.jsonl", code=1)
+    events = re.search(r"events:  (\d+), of (\d+) in", said.out)
+    assert events is not None
+    assert (events[1] == events[2]) is (after == 0)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +251,7 @@ def test_when_interrupted_it_keeps_the_smallest_so_far(place: Path) -> None:
     [
         (("nowhere",), "there is no nowhere"),
         ((DIVERGES, "--until", "P99"), "--until P99: it is one of diverges, invariant, planner"),
+        ((DIVERGES, "--until", "planner"), "--until planner: it takes --planner MODULE:NAME"),
         ((DIVERGES, "--seconds", "-1"), "--seconds is a number from 0 on"),
         ((DIVERGES, "--planner", "mine"), "--planner mine: it is given as MODULE:NAME"),
         ((DIVERGES, "-o", "nowhere/small.jsonl"), "nowhere/small.jsonl"),

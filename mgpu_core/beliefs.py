@@ -211,4 +211,5 @@ def _shown_as_taken(d: Draft, promise: Promise, gpu: int, need: int) -> bool:
     if promise.granted is None or card.taken <= promise.granted:
         return False
     before: Mapping[int, int] = promise.used_before_mib
-    return gpu in before and card.used_mib >= before[gpu] + need
+    # Of unknown size: any growth may be half of it, until its first request is over.
+    return need > 0 and gpu in before and card.used_mib >= before[gpu] + need

@@ -270,3 +270,15 @@ def test_who_was_seen_out_and_is_in_again_is_no_longer_leaky() -> None:
     assert core.state.consumers["a"].leaky_mib == 0
     assert core.probe("a", resident=True) == ["unload a"]
     assert core.state.consumers["a"].leaky_mib is None
+
+
+def test_a_lazy_one_of_unknown_size_is_measured_once_its_first_request_is_over() -> None:
+    """A reading during its cold start shows nothing of it yet, or half."""
+    core = Core(lazy("a", 0, vram_auto=True), gpus=CARD)
+    core.sample(free=15_000)
+    core.request("r1", "a")
+    core.sample(free=15_000)
+    core.sample(free=12_000)
+    core.finish("r1")
+    core.sample(free=8_000)
+    assert core.state.consumers["a"].measured_mib == 7_000

@@ -9,6 +9,7 @@ answered as a good one and leaves `failed`.
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -38,6 +39,13 @@ def refused(message: str, status: int = 400) -> dict[str, str]:
     return told({"error": {"code": status, "message": message}}, status)
 
 
+def asked(body: bytes) -> str:
+    """Give the model that JSON or a form asks for."""
+    if in_form := re.search(rb'form-data; name="model"\r\n\r\n(.*)\r\n', body):
+        return in_form[1].decode()
+    return str(json.loads(body or b"{}").get("model", ""))
+
+
 class Router(Server):
     def __init__(self, models: Models) -> None:
         super().__init__(IDLE_S)
@@ -52,8 +60,7 @@ class Router(Server):
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: Request
     ) -> bool:
         path = urlsplit(request.target).path
-        body = json.loads(request.body or b"{}")
-        model = body.get("model", "")
+        model = asked(request.body)
         if path == "/health":
             request.orders = {**request.orders, **told({"status": "ok"})}
             return await super().watched(reader, writer, request)
@@ -66,7 +73,7 @@ class Router(Server):
             act = self._load if path == "/models/load" else self._unload
             request.orders = {**request.orders, **act(model)}
             return await super().watched(reader, writer, request)
-        if self._models.autoload and self._value.get(model) == "unloaded":
+        if self._models.autoload and model in self._value:
             self._load(model)
             while self._value[model] == "loading":  # noqa: ASYNC110 - as a client sees it
                 await asyncio.sleep(0.01)
@@ -94,6 +101,8 @@ class Router(Server):
         if request.number("status", 200) != 200:
             return await super().watched(reader, writer, request)
         self._working[model] += 1
+        working = sum(self._working.values())
+        self.counts["most_working"] = max(self.counts["most_working"], working)
         try:
             return await super().watched(reader, writer, request)
         finally:

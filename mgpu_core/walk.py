@@ -212,11 +212,12 @@ def _may_hold_some(d: Draft, name: str) -> bool:
 
 
 def _keeps_some(d: Draft, name: str) -> bool:
-    """It came to that in this run, some time ago, and nobody has anything to do with it."""
+    """It has been so for some time, at least since the start, and nobody has to do with it."""
     state = d.consumers[name]
+    since = max(state.moved, state.idle_since or 0)
     return (
         _may_hold_some(d, name)
-        and 0 <= state.moved <= d.at - d.config.settle_timeout_us
+        and since <= d.at - d.config.settle_timeout_us
         and may_be_evicted(d, name)
         and not any(at_work(d, one) for one in (name, *stops_with(d, name)))
     )

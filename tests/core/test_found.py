@@ -282,3 +282,16 @@ def test_a_lazy_one_of_unknown_size_is_measured_once_its_first_request_is_over()
     core.finish("r1")
     core.sample(free=8_000)
     assert core.state.consumers["a"].measured_mib == 7_000
+
+
+def test_who_may_have_been_in_use_before_a_restart_is_told_to_unload_where_it_is_in_the_way() -> (
+    None
+):
+    """It does not tell whether it is loaded, so it is taken for empty; the card shows otherwise."""
+    core = Core(lazy("a", 11_000), service("b", 8_000), gpus=CARD, absent=["b"])
+    core.sample(free=4_000)
+    assert core.request("r1", "b") == []
+    assert core.sample(free=4_000) == []  # its first probe may still say more
+    assert core.wait(10) + core.sample(free=4_000) == ["unload a"]
+    core.unloaded("a")
+    assert core.sample(free=15_000) == ["load b"]

@@ -292,8 +292,8 @@ PLANTS = (
         "half-a-cold-start-is-a-whole-one",
         "P7",
         "beliefs",
-        "return gpu in before and card.used_mib >= before[gpu] + need",
-        "return gpu in before and 2 * card.used_mib >= 2 * before[gpu] + need",
+        "return need > 0 and gpu in before and card.used_mib >= before[gpu] + need",
+        "return need > 0 and gpu in before and 2 * card.used_mib >= 2 * before[gpu] + need",
         like="large-model-proxy L5: reservation of a lazy loader freed too early",
     ),
     plant(

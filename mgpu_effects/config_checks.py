@@ -6,13 +6,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
-from attrs import frozen
+from attrs import asdict, frozen
 
+from mgpu_effects.gpu_processes import local_port
 from mgpu_effects.reading import Path, Reader
 from mgpu_effects.settings import (
     KILLED_S,
     ConsumerSettings,
     GpuSettings,
+    ResidencySettings,
     SchedulerSettings,
     Settings,
     gpu_numbers,
@@ -160,6 +162,7 @@ def _check_consumers(settings: Settings) -> Findings:
         yield from _check_memory(settings, consumer, here)
         yield from _check_limits(settings.scheduler, consumer, here)
         yield from _check_effect(consumer, here)
+        yield from _check_looking(settings, consumer, here)
 
 
 def _check_neighbours(settings: Settings, consumer: ConsumerSettings, path: Path) -> Findings:
@@ -246,6 +249,39 @@ def _check_effect(consumer: ConsumerSettings, here: Path) -> Findings:
     if not (consumer.unload or driver):
         text = "nothing can unload it: there is no unload and no driver"
         yield Finding(path, text, ((*here, "unload"), *ways))
+
+
+def _check_looking(settings: Settings, consumer: ConsumerSettings, here: Path) -> Findings:
+    """It must be possible to see what is to be seen."""
+    residency, path = consumer.residency, (*here, "residency")
+    if residency != "assumed" and consumer.vram_managed:
+        text = "with vram_managed it is never tracked"
+        yield Finding(path, text, ((*here, "vram_managed"),))
+    if isinstance(residency, ResidencySettings) and residency.mib is None:
+        text = "there is no mib that it could be the unit of"
+        yield Finding((*path, "unit"), text, unless_default=True)
+    if isinstance(residency, ResidencySettings) and residency.mib and consumer.gpu == "none":
+        yield Finding((*path, "mib"), "with gpu: none it takes no GPU memory", ((*here, "gpu"),))
+    if residency == "nvml":
+        yield from _check_nvml(settings, consumer, here)
+    for key in ("residency", "busy"):
+        question = getattr(consumer, key)
+        parts = {} if isinstance(question, str | None) else asdict(question)
+        for part in (part for part, value in parts.items() if "{model}" in (value or "")):
+            text = "{model} stands for the model of a unit, and this consumer is none"
+            yield Finding((*here, key, part), text)
+
+
+def _check_nvml(settings: Settings, consumer: ConsumerSettings, here: Path) -> Findings:
+    path = (*here, "residency")
+    if consumer.gpu == "none":
+        yield Finding(path, "with gpu: none it takes no GPU memory", ((*here, "gpu"),))
+    if settings.gpus[0].sampler == "none":
+        yield Finding(path, "nobody reads the GPUs: sampler is none", (("gpus",), ("gpu",)))
+    elif not (consumer.driver or consumer.systemd_unit or local_port(consumer.url)):
+        text = "its processes cannot be found: url is not on the loopback of this host, and there "
+        ways = ((*here, "url"), (*here, "driver"), (*here, "systemd_unit"))
+        yield Finding(path, text + "is no driver", ways)
 
 
 def _check_units(settings: Settings) -> Findings:

@@ -6,115 +6,29 @@ or listens on the consumer's port. What may not be looked at (other users' proce
 namespaces) is not known, and nothing is concluded from it.
 """
 
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+import asyncio
+import contextlib
+import ipaddress
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from attrs import field, frozen
 
 from mgpu_core.events import GpuReading
-from mgpu_effects.drivers.group import MARK
-from mgpu_effects.gpu import GpuProcess
+from mgpu_effects.blocking import Blocking
+from mgpu_effects.clock import Clock
+from mgpu_effects.drivers import mark_of
+from mgpu_effects.gpu import GpuProcess, SampleError, Sampler
+from mgpu_effects.proc import PROC, Process, lineage, listeners
+from mgpu_effects.settings import ConsumerSettings
 
-PROC = Path("/proc")
-_LISTENING = "0A"  # the state of a socket in /proc/net/tcp
-_MOST_ANCESTORS = 64
-# They hold the sockets of those whom they start on demand, and everybody descends from them.
-_MANAGERS = frozenset({"systemd", "init"})
+_PROC_TIMEOUT_S = 2.0
+_RECENT_S = 1.0  # who only wants to see it waits so long for a new reading
+_UNITS = (".service", ".scope", ".slice")
 
-
-# -------------------------------------------------------------------------------- what /proc says
-
-
-@frozen(kw_only=True)
-class Process:
-    """What may be seen of one process. `sockets` are the inodes of those that it has open."""
-
-    pid: int
-    parent: int
-    name: str
-    mark: str | None = None
-    cgroups: frozenset[str] = frozenset()
-    sockets: frozenset[int] = frozenset()
-
-
-def lineage(pid: int, proc: Path = PROC) -> tuple[Process, ...]:
-    """Give the process and those that it descends from, up to the broker or a service manager.
-
-    Empty: it has ended, or is not to be seen from here.
-    """
-    found: list[Process] = []
-    while pid > 1 and pid != os.getpid() and len(found) < _MOST_ANCESTORS:
-        process = _process(pid, proc)
-        if process is None or process.name in _MANAGERS:
-            break
-        found.append(process)
-        pid = process.parent
-    return tuple(found)
-
-
-def listeners(proc: Path = PROC) -> Mapping[int, frozenset[int]]:
-    """Give the inodes of the TCP sockets that listen, by port."""
-    by_port: dict[int, set[int]] = {}
-    for table in ("tcp", "tcp6"):
-        for line in _text(proc / "net" / table).splitlines()[1:]:
-            local, _remote, state, *_, inode = line.split()[1:10]
-            if state == _LISTENING:
-                by_port.setdefault(int(local.rpartition(":")[2], 16), set()).add(int(inode))
-    return {port: frozenset(inodes) for port, inodes in by_port.items()}
-
-
-def _process(pid: int, proc: Path) -> Process | None:
-    here = proc / str(pid)
-    head, _, tail = _text(here / "stat").rpartition(")")
-    if not head:
-        return None
-    return Process(
-        pid=pid,
-        parent=int(tail.split()[1]),
-        name=head.partition("(")[2],
-        mark=_mark(here),
-        cgroups=frozenset(
-            part for line in _text(here / "cgroup").splitlines() for part in line.split("/")[1:]
-        ),
-        sockets=frozenset(_sockets(here / "fd")),
-    )
-
-
-def _mark(here: Path) -> str | None:
-    prefix = f"{MARK}="
-    for variable in _text(here / "environ").split("\0"):
-        if variable.startswith(prefix):
-            return variable.removeprefix(prefix)
-    return None
-
-
-def _sockets(folder: Path) -> Iterator[int]:
-    try:
-        for entry in os.scandir(folder):
-            match = re.fullmatch(r"socket:\[(\d+)\]", _link(entry.path))
-            if match:
-                yield int(match[1])
-    except OSError:
-        return  # another user's
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)  # noqa: PTH115 - no file is meant
-    except OSError:
-        return ""  # closed meanwhile
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-# --------------------------------------------------------------------------------------- whose it is
+_log = logging.getLogger(__name__)
 
 
 @frozen(kw_only=True)
@@ -146,6 +60,34 @@ class Owner:
             or not one.sockets.isdisjoint(sockets)
             for one in line
         )
+
+
+def owner_of(consumer: ConsumerSettings, started_by: ConsumerSettings) -> Owner:
+    """Give how its processes are known, where `started_by` are the settings that they run by."""
+    driver = started_by.driver
+    unit = driver.systemd.unit if driver and driver.systemd else None
+    if unit is not None and not unit.endswith(_UNITS):
+        unit += ".service"  # as systemctl completes it
+    return Owner(
+        consumer=consumer.name,
+        mark=mark_of(started_by) if driver and driver.process else None,
+        cgroup=unit,
+        port=local_port(consumer.url),
+    )
+
+
+def local_port(url: str) -> int | None:
+    """Give the port of a URL on this host's loopback; None: it is elsewhere, or might be."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if host != "localhost":
+        try:
+            ip = ipaddress.ip_address(host)
+        except ValueError:
+            return None
+        if not (ip.is_loopback or ip.is_unspecified):
+            return None
+    return parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
 def _is(part: str, cgroup: str) -> bool:
@@ -224,3 +166,51 @@ def attribute(
         holdings=tuple(holdings),
         certain=frozenset(owner.consumer for owner in owners if owner.certain),
     )
+
+
+class HolderReader:
+    """Finds out who holds the memory of the cards, when somebody wants to know."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        sampler: Callable[[], Sampler | None],
+        owners: Callable[[], tuple[Owner, ...]],
+    ) -> None:
+        self._clock = clock
+        self._sampler = sampler
+        self._owners = owners
+        self._proc = Blocking("proc", _PROC_TIMEOUT_S)
+        self._lock = asyncio.Lock()
+        self._last: Holders | None = None
+
+    async def read(self, since: int) -> Holders:
+        """Give a reading that began at `since` (as events' `at`) or later; many may share one."""
+        async with self._lock:
+            if self._last is None or self._last.taken < since:
+                self._last = await self._read()
+            return self._last
+
+    async def recent(self, age_us: int) -> Holders | None:
+        """Give one that is no older than that if it is there soon, else the last one."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_RECENT_S):
+                return await self.read(self._clock.now() - age_us)
+        return self._last
+
+    async def _read(self) -> Holders:
+        taken, sampler, owners = self._clock.now(), self._sampler(), self._owners()
+        if sampler is None:
+            return Holders(taken=taken, error="no_gpu")
+        try:
+            readings = await sampler.read()
+            processes = await sampler.processes()
+            return await self._proc.run(lambda: attribute(taken, readings, processes, owners))
+        except SampleError as failed:
+            error = failed.code
+        except TimeoutError:
+            error = "timeout"
+        except Exception:  # noqa: BLE001 - whatever it is, the probe goes on without
+            _log.exception("a defect in reading who holds the memory of the GPUs")
+            error = "internal_error"
+        return Holders(taken=taken, error=error)

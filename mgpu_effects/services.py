@@ -1,6 +1,7 @@
 """The services behind the consumers: settings, drivers, and the orders to load and unload."""
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection
 
@@ -11,10 +12,13 @@ from mgpu_core.effects import How
 from mgpu_core.events import Outcome
 from mgpu_effects.drivers import Driver, make_driver
 from mgpu_effects.following import JobId, follow
+from mgpu_effects.gpu_processes import Owner, owner_of
 from mgpu_effects.jobs import Job
-from mgpu_effects.probes import ProbeFacts, probe
+from mgpu_effects.probes import ProbeFacts, ReadHolders, probe
 from mgpu_effects.settings import ConsumerSettings, SchedulerSettings, Settings
 from mgpu_effects.steps import run_steps
+
+_log = logging.getLogger(__name__)
 
 
 class Services:
@@ -33,6 +37,8 @@ class Services:
         self._drivers: dict[str, Driver | None] = {}
         # The settings that each driver was made from.
         self._made_from: dict[str, ConsumerSettings] = {}
+        # What its probes could not tell and the log was told of, by the settings that they went by.
+        self._said: dict[str, tuple[ConsumerSettings, frozenset[str]]] = {}
         self._orders: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def __getitem__(self, name: str) -> ConsumerSettings:
@@ -53,6 +59,7 @@ class Services:
         drivers = [self._drivers.pop(name) for name in gone]
         for name in gone:
             del self._consumers[name], self._made_from[name], self._servers[name]
+            self._said.pop(name, None)
         for driver in drivers:
             if driver is not None:
                 await driver.close()
@@ -86,8 +93,16 @@ class Services:
             except TimeoutError:
                 return "timeout"
 
-    async def probe(self, name: str, timeout_s: float) -> ProbeFacts:
-        return await probe(self._session, self._consumers[name], timeout_s, self._drivers[name])
+    async def probe(self, name: str, timeout_s: float, read_holders: ReadHolders) -> ProbeFacts:
+        consumer, driver = self._consumers[name], self._drivers[name]
+        facts = await probe(self._session, consumer, timeout_s, driver, read_holders=read_holders)
+        if facts.healthy and facts.error is not None:
+            self._say_once(consumer, facts.error)
+        return facts
+
+    def owners(self) -> tuple[Owner, ...]:
+        """Give how the processes of each consumer are known."""
+        return tuple(owner_of(one, self._made_from[name]) for name, one in self._consumers.items())
 
     async def follow(self, consumer: ConsumerSettings, job: Job, identity: JobId) -> Outcome:
         """Wait until a job is over; by the settings that its request was served with."""
@@ -97,6 +112,16 @@ class Services:
         """End every process that nobody else looks after."""
         drivers = [driver for driver in self._drivers.values() if driver is not None]
         await asyncio.gather(*(driver.close() for driver in drivers))
+
+    def _say_once(self, consumer: ConsumerSettings, what: str) -> None:
+        """The next probe would say it again; new settings may have mended it."""
+        settings, said = self._said.get(consumer.name, (consumer, frozenset[str]()))
+        said = said if settings is consumer else frozenset()
+        if what not in said:
+            _log.warning(
+                "%s answers, but cannot tell all that it is asked: %s", consumer.name, what
+            )
+        self._said[consumer.name] = consumer, said | {what}
 
     async def _current_driver(self, name: str) -> Driver | None:
         """Give its driver; new settings take over where nothing runs by the old ones."""

@@ -7,9 +7,11 @@ from collections.abc import Awaitable, Callable, Collection
 
 import attrs
 
+from mgpu_core.config import SECOND_US
 from mgpu_core.events import Event, GpuReading, GpuSample, ProbeResult
 from mgpu_effects.clock import Clock
 from mgpu_effects.gpu import SampleError, Sampler, make_sampler
+from mgpu_effects.gpu_processes import HolderReader, Holders
 from mgpu_effects.probes import ProbeFacts
 from mgpu_effects.services import Services
 from mgpu_effects.settings import Settings
@@ -57,6 +59,7 @@ class Watch:
         self._sampler: Sampler | None = None
         self._sampling: Repeater | None = None
         self._probing: dict[str, Repeater] = {}
+        self._holders = HolderReader(clock, lambda: self._sampler, services.owners)
 
     async def configure(self, settings: Settings) -> None:
         old, self._settings = self._settings, settings
@@ -84,6 +87,10 @@ class Watch:
     def probe(self, name: str) -> None:
         if name in self._probing:
             self._probing[name].ask()
+
+    async def holders(self) -> Holders | None:
+        """Say who held the memory of the cards not long ago; None: nobody looked yet."""
+        return await self._holders.recent(round(self._settings.poll_interval_s * SECOND_US))
 
     async def close(self) -> None:
         for repeater in self._probing.values():
@@ -117,7 +124,7 @@ class Watch:
     def _prober(self, name: str) -> Callable[[], Awaitable[None]]:
         async def look() -> None:
             taken = self._clock.now()
-            facts = await self._facts(name)
+            facts = await self._facts(name, taken)
             self._post(
                 lambda at: ProbeResult(
                     at=at, consumer=name, taken=taken, **attrs.asdict(facts, recurse=False)
@@ -126,11 +133,13 @@ class Watch:
 
         return look
 
-    async def _facts(self, name: str) -> ProbeFacts:
+    async def _facts(self, name: str, taken: int) -> ProbeFacts:
         timeout_s = self._settings.probe.timeout_s
         try:
             async with asyncio.timeout(timeout_s + PATIENCE_S):
-                return await self._services.probe(name, timeout_s)
+                return await self._services.probe(
+                    name, timeout_s, lambda: self._holders.read(since=taken)
+                )
         except TimeoutError:
             return ProbeFacts(healthy=False, failure="timeout", error="timeout")
         except Exception:  # noqa: BLE001 - whatever it is, it is an event

@@ -138,10 +138,25 @@ def screen(told: dict[str, Any]) -> str:
                 [_request_cells(row) for row in told["requests"]],
             )
         )
+    if strangers := [
+        _foreign_cells(gpu, row) for gpu in told["gpu"] for row in gpu["foreign"] or ()
+    ]:
+        parts.append(table(("GPU", "PID", "NO CONSUMER'S PROCESS", "MIB"), strangers))
     return "\n\n".join(parts)
 
 
 HEALTH = {True: "ok", False: "down", None: None}
+
+
+def _foreign_cells(gpu: dict[str, Any], row: dict[str, Any]) -> list[object]:
+    return [gpu["index"], row["pid"], row["name"], row["mib"]]
+
+
+def _health(row: dict[str, Any]) -> str | None:
+    error = row["error"]
+    if error is not None and row["healthy"]:
+        return f"ok ({error})"
+    return error or HEALTH[row["healthy"]]
 
 
 def _consumer_cells(name: str, row: dict[str, Any]) -> list[object]:
@@ -150,7 +165,7 @@ def _consumer_cells(name: str, row: dict[str, Any]) -> list[object]:
         marks.append("cooling down")
     return [
         name,
-        row["error"] or HEALTH[row["healthy"]],
+        _health(row),
         row["residency"],
         row["residency_source"],
         row["gpu_resident_mib"],

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mgpu_http.commands.remote import screen
 from tests.support.facade import Address, ServeProcess
 from tests.support.gpu_host import GpuHost, at_rest, counts, gpu_host, ready
 
@@ -130,9 +131,11 @@ async def test_what_it_cannot_tell_stands_in_the_status_and_once_in_the_log(
     with host.serve(consumers=consumers) as broker:
         await ready(broker)
         await probed_anew(broker, "voice")
-        voice = (await probed_anew(broker, "voice"))["consumers"]["voice"]
+        status = await probed_anew(broker, "voice")
+        voice = status["consumers"]["voice"]
     assert (voice["healthy"], voice["error"]) == (True, "residency: no_value")
     assert (voice["loaded"], voice["residency_source"]) == (True, "assumed")
+    assert "ok (residency: no_value)" in screen(status)
     said = [line for line in broker.lines if "residency: no_value" in line]
     assert len(said) == 1
     assert "voice answers, but cannot tell all that it is asked" in said[0]
@@ -144,8 +147,11 @@ async def test_the_status_names_the_processes_that_are_nobodys(host: GpuHost) ->
     with host.serve(consumers={"voice": CONSUMERS["voice"]}) as broker:
         await ready(broker)
         status = await broker.status()
+        shown = screen(status).splitlines()
         host.card.fail("nvml_failed")
         nothing = await broker.until("unknown", lambda s: s["gpu"][0]["foreign"] is None)
     [stranger] = status["gpu"][0]["foreign"]
     assert stranger == {"pid": os.getpid(), "name": OWN_NAME, "mib": 600}
+    assert shown[-2].split() == ["GPU", "PID", "NO", "CONSUMER'S", "PROCESS", "MIB"]
+    assert shown[-1].split() == ["0", str(os.getpid()), *OWN_NAME.split(), "600"]
     assert nothing["gpu"][0]["error"] in {None, "nvml_failed"}

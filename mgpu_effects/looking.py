@@ -15,7 +15,7 @@ from mgpu_effects.gpu_processes import Holders
 from mgpu_effects.settings import BusySettings, ConsumerSettings, ResidencySettings, Step
 from mgpu_effects.steps import with_value
 
-Question: TypeAlias = ResidencySettings | BusySettings
+Asked: TypeAlias = ResidencySettings | BusySettings
 # What `{name}` stands for in paths and expressions.
 Values: TypeAlias = Mapping[str, str]
 # The JSON that each path answered, or the CallError instead of it.
@@ -46,8 +46,8 @@ class Told:
 
 def paths_of(consumer: ConsumerSettings, values: Values) -> tuple[str, ...]:
     """Give the paths to ask, each once."""
-    questions = (consumer.residency, consumer.busy)
-    paths = (_path(each, values) for each in questions if isinstance(each, Question))
+    asked = (consumer.residency, consumer.busy)
+    paths = (_path(each, values) for each in asked if isinstance(each, Asked))
     return tuple(dict.fromkeys(paths))
 
 
@@ -75,30 +75,30 @@ def tell(
     return Told(resident=resident, vram_mib=vram_mib, busy=busy, problems=tuple(problems))
 
 
-def _path(question: Question, values: Values) -> str:
-    step = Step(path=question.path)
+def _path(asked: Asked, values: Values) -> str:
+    step = Step(path=asked.path)
     for name, value in values.items():
         step = with_value(step, name, value)
     return step.path
 
 
-def _condition(question: Question, expression: str, answers: Answers, values: Values) -> bool:
-    value = _value(question, expression, answers, values)
+def _condition(asked: Asked, expression: str, answers: Answers, values: Values) -> bool:
+    value = _value(asked, expression, answers, values)
     return value is not False and value not in ("", [], {})
 
 
-def _mib(question: ResidencySettings, expression: str, answers: Answers, values: Values) -> int:
-    value = _value(question, expression, answers, values)
+def _mib(asked: ResidencySettings, expression: str, answers: Answers, values: Values) -> int:
+    value = _value(asked, expression, answers, values)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         raise UntoldError("no_number")
-    mib: float = value / MIB if question.unit == "bytes" else value
+    mib: float = value / MIB if asked.unit == "bytes" else value
     return math.ceil(mib)
 
 
-def _value(question: Question, expression: str, answers: Answers, values: Values) -> Any:
+def _value(asked: Asked, expression: str, answers: Answers, values: Values) -> Any:
     """Give what the expression finds; null is nothing found, and so is what does not fit."""
-    answer = answers[_path(question, values)]
+    answer = answers[_path(asked, values)]
     if isinstance(answer, CallError):
         raise UntoldError(answer.code)
     try:

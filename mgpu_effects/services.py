@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from aiohttp import ClientSession
 
@@ -97,7 +97,7 @@ class Services:
         consumer, driver = self._consumers[name], self._drivers[name]
         facts = await probe(self._session, consumer, timeout_s, driver, read_holders=read_holders)
         if facts.healthy and facts.error is not None:
-            self._say_once(consumer, facts.error)
+            self._say_once(consumer, facts.error.split(", "))
         return facts
 
     def owners(self) -> tuple[Owner, ...]:
@@ -113,15 +113,16 @@ class Services:
         drivers = [driver for driver in self._drivers.values() if driver is not None]
         await asyncio.gather(*(driver.close() for driver in drivers))
 
-    def _say_once(self, consumer: ConsumerSettings, what: str) -> None:
+    def _say_once(self, consumer: ConsumerSettings, problems: Sequence[str]) -> None:
         """The next probe would say it again; new settings may have mended it."""
         settings, said = self._said.get(consumer.name, (consumer, frozenset[str]()))
         said = said if settings is consumer else frozenset()
-        if what not in said:
+        if news := [problem for problem in problems if problem not in said]:
+            told = ", ".join(news)
             _log.warning(
-                "%s answers, but cannot tell all that it is asked: %s", consumer.name, what
+                "%s answers, but cannot tell all that it is asked: %s", consumer.name, told
             )
-        self._said[consumer.name] = consumer, said | {what}
+        self._said[consumer.name] = consumer, said.union(news)
 
     async def _current_driver(self, name: str) -> Driver | None:
         """Give its driver; new settings take over where nothing runs by the old ones."""

@@ -34,7 +34,7 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     name = event.consumer
     if state.unreachable:
         d.note("Healthy", consumer=name)
-    d.update(name, last_probe=event.taken, healthy=True, probe_failures=0, probe_error=None)
+    d.update(name, last_probe=event.taken, healthy=True, probe_failures=0, probe_error=event.error)
     quiet = (
         state.operation is None
         and name not in d.swaps

@@ -36,6 +36,7 @@ from mgpu_effects.clock import Clock
 from mgpu_effects.core_config import core_config
 from mgpu_effects.errors import SHUTTING_DOWN, BrokerError
 from mgpu_effects.event_log import EventLog, Live, default_dir, recall
+from mgpu_effects.gpu_processes import Holders
 from mgpu_effects.jobs import Job
 from mgpu_effects.proxy import open_session
 from mgpu_effects.services import Services
@@ -254,6 +255,10 @@ class Broker:
     @property
     def log_dir(self) -> Path:
         return self._event_log.directory
+
+    async def holders(self) -> Holders | None:
+        """Say who held the memory of the cards not long ago; None: nobody looked yet."""
+        return await self._watch.holders()
 
     def _look_at(self, consumer: str) -> None:
         self._watch.probe(consumer)

@@ -90,17 +90,25 @@ async def call(
 
 
 async def check_health(
-    session: aiohttp.ClientSession, consumer: ConsumerSettings, timeout_s: float
-) -> None:
-    """Ask the consumer's health path. Raises CallError unless it answers 2xx in time."""
+    session: aiohttp.ClientSession,
+    consumer: ConsumerSettings,
+    timeout_s: float,
+    *,
+    read_bytes: int = _HEALTH_BODY_BYTES,
+) -> bytes:
+    """Ask the consumer's health path and give so much of its answer.
+
+    Raises CallError unless it answers 2xx in time.
+    """
     health = consumer.health
-    await call(
+    return await call(
         session,
         consumer,
         health.method,
         health.path,
         timeout_s=timeout_s,
-        read_bytes=_HEALTH_BODY_BYTES,
+        read_bytes=read_bytes,
+        keep=True,
     )
 
 

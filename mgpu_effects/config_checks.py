@@ -6,14 +6,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from attrs import frozen
+from attrs import asdict, frozen
 
+from mgpu_effects.gpu_processes import local_port
 from mgpu_effects.reading import Path, Reader, dotted
 from mgpu_effects.settings import (
     KILLED_S,
     ConsumerSettings,
     GpuSettings,
     ModelSettings,
+    ResidencySettings,
     SchedulerSettings,
     Settings,
     Step,
@@ -163,6 +165,7 @@ def _check_consumers(settings: Settings) -> Findings:
         yield from _check_neighbours(settings, unit, (*here, "can_coexist_with"))
         yield from _check_memory(settings, unit, here)
         yield from _check_effect(unit, here)
+        yield from _check_looking(settings, unit, here)
 
 
 def _units(settings: Settings) -> Iterator[tuple[Path, ConsumerSettings]]:
@@ -184,9 +187,9 @@ def _check_models(settings: Settings) -> Findings:
         if isinstance(consumer.models, Mapping):
             yield from _check_own_models(consumer, consumer.models, here)
         else:
-            for key in _steps_with_model(consumer):
+            for path in _places_of_model(consumer):
                 text = "{model} stands for one of `models`, and that is no mapping here"
-                yield Finding((*here, key), text, ((*here, "models"),))
+                yield Finding((*here, *path), text, ((*here, "models"),))
 
 
 def _model_names(consumer: ConsumerSettings, here: Path) -> Iterator[tuple[Path, str]]:
@@ -205,7 +208,7 @@ def _check_own_models(
         text = "with vram_managed it loads its models as it likes"
         yield Finding((*here, "models"), text, ((*here, "vram_managed"),))
     for key in ("load", "unload"):
-        if getattr(consumer, key) and key not in _steps_with_model(consumer):
+        if getattr(consumer, key) and (key,) not in _places_of_model(consumer):
             text = "it must say which of its models: put {model} where the name belongs"
             yield Finding((*here, key), text, ((*here, "models"),))
     if ANY in models and (models[ANY].upstream or models[ANY].aliases):
@@ -213,9 +216,15 @@ def _check_own_models(
         yield Finding((*here, "models", ANY), text)
 
 
-def _steps_with_model(consumer: ConsumerSettings) -> set[str]:
-    steps = {"load": consumer.load, "unload": consumer.unload}
-    return {key for key, given in steps.items() if any(map(_names_a_model, given))}
+def _places_of_model(consumer: ConsumerSettings) -> Iterator[Path]:
+    """Give where {model} stands."""
+    for key in ("load", "unload"):
+        if any(map(_names_a_model, getattr(consumer, key))):
+            yield (key,)
+    for key in ("residency", "busy"):
+        question = getattr(consumer, key)
+        parts = {} if isinstance(question, str | None) else asdict(question)
+        yield from ((key, part) for part, value in parts.items() if "{model}" in (value or ""))
 
 
 def _names_a_model(step: Step) -> bool:
@@ -306,6 +315,33 @@ def _check_effect(consumer: ConsumerSettings, here: Path) -> Findings:
     if not (consumer.unload or driver):
         text = "nothing can unload it: there is no unload and no driver"
         yield Finding(path, text, ((*here, "unload"), *ways))
+
+
+def _check_looking(settings: Settings, consumer: ConsumerSettings, here: Path) -> Findings:
+    """It must be possible to see what is to be seen."""
+    residency, path = consumer.residency, (*here, "residency")
+    if residency != "assumed" and consumer.vram_managed:
+        text = "with vram_managed it is never tracked"
+        yield Finding(path, text, ((*here, "vram_managed"),))
+    if isinstance(residency, ResidencySettings) and residency.mib is None:
+        text = "there is no mib that it could be the unit of"
+        yield Finding((*path, "unit"), text, unless_default=True)
+    if isinstance(residency, ResidencySettings) and residency.mib and consumer.gpu == "none":
+        yield Finding((*path, "mib"), "with gpu: none it takes no GPU memory", ((*here, "gpu"),))
+    if residency == "nvml":
+        yield from _check_nvml(settings, consumer, here)
+
+
+def _check_nvml(settings: Settings, consumer: ConsumerSettings, here: Path) -> Findings:
+    path = (*here, "residency")
+    if consumer.gpu == "none":
+        yield Finding(path, "with gpu: none it takes no GPU memory", ((*here, "gpu"),))
+    if settings.gpus[0].sampler == "none":
+        yield Finding(path, "nobody reads the GPUs: sampler is none", (("gpus",), ("gpu",)))
+    elif not (consumer.driver or consumer.systemd_unit or local_port(consumer.url)):
+        text = "its processes cannot be found: url is not on the loopback of this host, and there "
+        ways = ((*here, "url"), (*here, "driver"), (*here, "systemd_unit"))
+        yield Finding(path, text + "is no driver", ways)
 
 
 def _check_systemd_units(settings: Settings) -> Findings:

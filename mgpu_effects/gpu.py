@@ -1,26 +1,27 @@
-"""How much memory each card has free, measured: NVML, else nvidia-smi, else nobody can tell.
+"""How much memory each card has free, and which processes hold how much of it, measured: NVML,
+else nvidia-smi, else nobody can tell.
 
 Codes of a failed sample: `no_gpu` (nothing here that could be asked), `no_such_gpu` (a configured
 card is not there), `nvml_missing`, `nvml_failed`, `nvidia_smi_missing`, `nvidia_smi_failed`,
-`timeout`, `simulated_failed`, and whatever a simulation asks for.
+`timeout`, `not_supported` (this driver does not tell about processes), `simulated_failed`, and
+whatever a simulation asks for.
 """
 
-import asyncio
-import concurrent.futures
 import contextlib
 import csv
 import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pynvml
 from attrs import frozen
 
 from mgpu_core.events import GpuReading
+from mgpu_effects.blocking import Blocking
 from mgpu_effects.commands import run_command
 from mgpu_effects.settings import GpuSettings, SamplerName, gpu_numbers
 
@@ -32,6 +33,13 @@ _NVIDIA_SMI = (
     "--query-gpu=index,uuid,memory.total,memory.used,memory.free",
     "--format=csv,noheader,nounits",
 )
+_NVIDIA_SMI_PROCESSES = (
+    "nvidia-smi",
+    "--query-compute-apps=gpu_uuid,pid,used_gpu_memory",
+    "--format=csv,noheader,nounits",
+)
+_NO_PROCESSES = "No running processes found"
+T = TypeVar("T")
 
 
 class SampleError(Exception):
@@ -42,9 +50,24 @@ class SampleError(Exception):
         self.code = code
 
 
+@frozen
+class GpuProcess:
+    """A process that holds memory on a card, by the card's `index` in the core.
+
+    `mib` is None where the driver does not tell: in some containers, and under Windows.
+    """
+
+    index: int
+    pid: int
+    mib: int | None
+
+
 class Sampler(Protocol):
     async def read(self) -> tuple[GpuReading, ...]:
         """Read every configured card, in the order of the configuration. Raises SampleError."""
+
+    async def processes(self) -> tuple[GpuProcess, ...]:
+        """List who holds memory on them, each process once for each card. Raises SampleError."""
 
     async def close(self) -> None:
         """Let go of the library or process behind it."""
@@ -70,51 +93,47 @@ class NvmlSampler:
 
     def __init__(self, cards: Sequence[CardId], timeout_s: float = _NVML_TIMEOUT_S) -> None:
         self._cards = cards
-        self._timeout_s = timeout_s
         self._initialised = False
-        self._lock = asyncio.Lock()
-        self._reading: asyncio.Future[tuple[GpuReading, ...]] | None = None
+        self._library = Blocking("nvml", timeout_s)
 
     async def read(self) -> tuple[GpuReading, ...]:
-        async with self._lock:
-            # No second thread beside one that hangs, and its late answer is nobody's: it is old.
-            if self._hangs():
-                raise SampleError("timeout")
-            self._reading = _in_thread(self._read)
-            done, _ = await asyncio.wait((self._reading,), timeout=self._timeout_s)
-            if not done:
-                raise SampleError("timeout")
-            return self._reading.result()
+        return await self._ask(lambda: tuple(self._read_card(card) for card in self._cards))
+
+    async def processes(self) -> tuple[GpuProcess, ...]:
+        return await self._ask(
+            lambda: tuple(each for card in self._cards for each in _nvml_processes(card))
+        )
 
     async def close(self) -> None:
-        if not self._hangs():
+        if not self._library.hangs:
             self._shut_down()
 
-    def _hangs(self) -> bool:
-        return self._reading is not None and not self._reading.done()
+    async def _ask(self, question: Callable[[], T]) -> T:
+        try:
+            return await self._library.run(lambda: self._answer(question))
+        except TimeoutError as error:
+            raise SampleError("timeout") from error
 
-    def _read(self) -> tuple[GpuReading, ...]:
+    def _answer(self, question: Callable[[], T]) -> T:
         try:
             if not self._initialised:
                 pynvml.nvmlInit()
                 self._initialised = True
-            return tuple(self._read_card(card) for card in self._cards)
+            return question()
         except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded) as error:
             self._shut_down()
             raise SampleError("nvml_missing") from error
         except (pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument) as error:
             raise SampleError("no_such_gpu") from error
+        except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission) as error:
+            raise SampleError("not_supported") from error
         except pynvml.NVMLError as error:
             # The driver may have been unloaded or reset: the next reading starts from scratch.
             self._shut_down()
             raise SampleError("nvml_failed") from error
 
     def _read_card(self, card: CardId) -> GpuReading:
-        if card.uuid is None:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(card.index)
-        else:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(card.uuid)
-        memory = _nvml_memory(handle)
+        memory = _nvml_memory(_nvml_handle(card))
         total, used, free = (n // 2**20 for n in (memory.total, memory.used, memory.free))
         return GpuReading(index=card.index, total_mib=total, used_mib=used, free_mib=free)
 
@@ -133,22 +152,39 @@ def _nvml_memory(handle: object) -> Any:
         return pynvml.nvmlDeviceGetMemoryInfo(handle)
 
 
-def _in_thread(
-    function: Callable[[], tuple[GpuReading, ...]],
-) -> "asyncio.Future[tuple[GpuReading, ...]]":
-    """Run in a daemon thread: one stuck in the driver must not hold up the end of the broker."""
-    future: concurrent.futures.Future[tuple[GpuReading, ...]] = concurrent.futures.Future()
+def _nvml_handle(card: CardId) -> Any:
+    if card.uuid is None:
+        return pynvml.nvmlDeviceGetHandleByIndex(card.index)
+    return pynvml.nvmlDeviceGetHandleByUUID(card.uuid)
 
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - it is raised again where it is awaited
-            future.set_exception(error)
 
-    threading.Thread(target=run, name="nvml", daemon=True).start()
-    reading = asyncio.wrap_future(future)
-    reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if late
-    return reading
+def _nvml_processes(card: CardId) -> Iterable[GpuProcess]:
+    """List what computes and what draws; who does both is in both lists with all that it holds."""
+    handle, held = _nvml_handle(card), dict[int, int | None]()
+    for kind in ("Compute", "Graphics"):
+        for pid, mib in _by_pid(_nvml_running(handle, kind)).items():
+            known = held.get(pid, mib)
+            held[pid] = None if known is None or mib is None else max(known, mib)
+    return (GpuProcess(card.index, pid, mib) for pid, mib in held.items())
+
+
+def _nvml_running(handle: object, kind: str) -> Iterable[tuple[int, int | None]]:
+    name = f"nvmlDeviceGet{kind}RunningProcesses"
+    try:
+        running = getattr(pynvml, name)(handle)
+    except pynvml.NVMLError_FunctionNotFound:  # a driver before 510
+        running = getattr(pynvml, f"{name}_v2")(handle)
+    for one in running:
+        yield one.pid, None if one.usedGpuMemory is None else one.usedGpuMemory // 2**20
+
+
+def _by_pid(rows: Iterable[tuple[int, int | None]]) -> Mapping[int, int | None]:
+    """Add up what a process holds in the parts of a divided card; one unknown: all unknown."""
+    held, unknown = Counter[int](), set()
+    for pid, mib in rows:
+        held[pid] += mib or 0
+        unknown |= {pid} if mib is None else set()
+    return {pid: None if pid in unknown else mib for pid, mib in held.items()}
 
 
 class NvidiaSmiSampler:
@@ -159,33 +195,63 @@ class NvidiaSmiSampler:
         self._timeout_s = timeout_s
 
     async def read(self) -> tuple[GpuReading, ...]:
-        if shutil.which(_NVIDIA_SMI[0]) is None:
+        return _picked(self._cards, await self._cards_there())
+
+    async def processes(self) -> tuple[GpuProcess, ...]:
+        rows = await self._cards_there()
+        index_by_uuid = {
+            uuid: card.index
+            for card in self._cards
+            for uuid, there in rows
+            if card.uuid == uuid or (card.uuid is None and card.index == there.index)
+        }
+        held: dict[int, list[tuple[int, int | None]]] = {}
+        for uuid, pid, mib in await self._ask(_NVIDIA_SMI_PROCESSES, _process_row):
+            if uuid in index_by_uuid:
+                held.setdefault(index_by_uuid[uuid], []).append((pid, mib))
+        return tuple(
+            GpuProcess(index, pid, mib)
+            for index, of_card in held.items()
+            for pid, mib in _by_pid(of_card).items()
+        )
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+    async def _cards_there(self) -> list[tuple[str, GpuReading]]:
+        return await self._ask(_NVIDIA_SMI, _row)
+
+    async def _ask(self, command: Sequence[str], row: Callable[[Sequence[str]], T]) -> list[T]:
+        if shutil.which(command[0]) is None:
             raise SampleError("nvidia_smi_missing")
         try:
-            output = await run_command(*_NVIDIA_SMI, timeout_s=self._timeout_s)
+            output = await run_command(*command, timeout_s=self._timeout_s)
         except TimeoutError as error:
             raise SampleError("timeout") from error
         except OSError as error:
             raise SampleError("nvidia_smi_failed") from error
         if output.returncode != 0:
             raise SampleError("nvidia_smi_failed")
+        lines = [line for line in output.stdout.splitlines() if line != _NO_PROCESSES]
         try:
-            rows = [_row(fields) for fields in csv.reader(output.stdout.splitlines())]
+            return [row([text.strip() for text in fields]) for fields in csv.reader(lines)]
         except ValueError as error:
             raise SampleError("nvidia_smi_failed") from error
-        return _picked(self._cards, rows)
-
-    async def close(self) -> None:
-        """Nothing to let go of."""
 
 
 def _row(fields: Sequence[str]) -> tuple[str, GpuReading]:
     """Raises ValueError for `[N/A]` and whatever else is no number."""
-    index, uuid, total, used, free = (text.strip() for text in fields)
+    index, uuid, total, used, free = fields
     reading = GpuReading(
         index=int(index), total_mib=int(total), used_mib=int(used), free_mib=int(free)
     )
     return uuid, reading
+
+
+def _process_row(fields: Sequence[str]) -> tuple[str, int, int | None]:
+    """Raises ValueError where it is no such row; `[N/A]` for the memory is one."""
+    uuid, pid, mib = fields
+    return uuid, int(pid), None if mib.startswith("[") else int(mib)
 
 
 def _picked(
@@ -219,11 +285,17 @@ class AutoSampler:
         self._nvidia_smi = NvidiaSmiSampler(cards)
 
     async def read(self) -> tuple[GpuReading, ...]:
+        return await self._first(lambda sampler: sampler.read())
+
+    async def processes(self) -> tuple[GpuProcess, ...]:
+        return await self._first(lambda sampler: sampler.processes())
+
+    async def _first(self, ask: Callable[[Sampler], Awaitable[T]]) -> T:
         try:
-            return await self._nvml.read()
+            return await ask(self._nvml)
         except SampleError as nvml_error:
             try:
-                return await self._nvidia_smi.read()
+                return await ask(self._nvidia_smi)
             except SampleError as error:
                 if error.code != "nvidia_smi_missing":
                     raise
@@ -241,6 +313,9 @@ class NoSampler:
     async def read(self) -> tuple[GpuReading, ...]:
         raise SampleError("no_gpu")
 
+    async def processes(self) -> tuple[GpuProcess, ...]:
+        raise SampleError("no_gpu")
+
     async def close(self) -> None:
         """Nothing to let go of."""
 
@@ -248,24 +323,33 @@ class NoSampler:
 class SimulatedSampler:
     """Reads the file that $MGPU_SIMULATED_GPU names, each time anew.
 
-    `{"gpus": [{"index", "total_mib", "used_mib", "free_mib"}]}`, or `{"error": CODE}`.
+    `{"gpus": [{"index", "total_mib", "used_mib", "free_mib"}]}`, or `{"error": CODE}`; beside the
+    cards `"processes": [{"index", "pid", "mib"}]`.
     """
 
     def __init__(self, cards: Sequence[CardId]) -> None:
         self._cards = cards
 
     async def read(self) -> tuple[GpuReading, ...]:
-        try:
-            said = json.loads(Path(os.environ[SIMULATED_GPU]).read_bytes())  # noqa: ASYNC240
-            if "error" in said:
-                raise SampleError(said["error"])
-            rows = [("", GpuReading(**gpu)) for gpu in said["gpus"]]
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise SampleError("simulated_failed") from error
+        rows = self._told(lambda said: [("", GpuReading(**gpu)) for gpu in said["gpus"]])
         return _picked([CardId(card.index) for card in self._cards], rows)
+
+    async def processes(self) -> tuple[GpuProcess, ...]:
+        return self._told(
+            lambda said: tuple(GpuProcess(**each) for each in said.get("processes", ()))
+        )
 
     async def close(self) -> None:
         """Nothing to let go of."""
+
+    def _told(self, what: Callable[[Any], T]) -> T:
+        try:
+            said = json.loads(Path(os.environ[SIMULATED_GPU]).read_bytes())
+            if "error" in said:
+                raise SampleError(said["error"])
+            return what(said)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise SampleError("simulated_failed") from error
 
 
 _SAMPLERS: Mapping[SamplerName, Callable[[Sequence[CardId]], Sampler]] = {

@@ -1,8 +1,9 @@
 """The services behind the consumers: settings, drivers, and the orders to load and unload."""
 
 import asyncio
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from aiohttp import ClientSession
 
@@ -10,11 +11,14 @@ from mgpu_core.effects import How
 from mgpu_core.events import Outcome
 from mgpu_effects.drivers import Driver, make_driver
 from mgpu_effects.following import JobId, follow
+from mgpu_effects.gpu_processes import Owner, owner_of
 from mgpu_effects.jobs import Job
-from mgpu_effects.probes import ProbeFacts, probe
+from mgpu_effects.probes import ProbeFacts, ReadHolders, probe
 from mgpu_effects.settings import ConsumerSettings, SchedulerSettings, Settings
 from mgpu_effects.steps import run_steps
 from mgpu_effects.units import units
+
+_log = logging.getLogger(__name__)
 
 
 class Services:
@@ -33,6 +37,8 @@ class Services:
         # By server: what runs it, and the settings that its driver was made from.
         self._drivers: dict[str, Driver | None] = {}
         self._made_from: dict[str, ConsumerSettings] = {}
+        # What its probes could not tell and the log was told of, by the settings that they went by.
+        self._said: dict[str, tuple[ConsumerSettings, frozenset[str]]] = {}
         self._orders: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def __getitem__(self, name: str) -> ConsumerSettings:
@@ -57,6 +63,7 @@ class Services:
         drivers = [self._drivers.pop(server) for server in gone]
         for server in gone:
             del self._made_from[server]
+        self._said = {name: said for name, said in self._said.items() if name in names}
         for driver in drivers:
             if driver is not None:
                 await driver.close()
@@ -91,9 +98,24 @@ class Services:
             except TimeoutError:
                 return "timeout"
 
-    async def probe(self, name: str, timeout_s: float) -> ProbeFacts:
-        consumer = self._consumers[name]
-        return await probe(self._session, consumer, timeout_s, self._drivers[consumer.server])
+    async def probe(
+        self, server: str, timeout_s: float, read_holders: ReadHolders
+    ) -> Mapping[str, ProbeFacts]:
+        """Look at a server once, and give what that says of each of its units."""
+        units = [one for one in self._consumers.values() if one.server == server]
+        driver = self._drivers[server]
+        facts = await probe(self._session, units, timeout_s, driver, read_holders=read_holders)
+        for name, one in facts.items():
+            if one.healthy and one.error is not None:
+                self._say_once(self._consumers[name], one.error.split(", "))
+        return facts
+
+    def server_of(self, name: str) -> str:
+        return self._consumers[name].server
+
+    def owners(self) -> tuple[Owner, ...]:
+        """Give how the processes of each consumer are known."""
+        return tuple(owner_of(one, self._made_from[one.server]) for one in self._consumers.values())
 
     async def follow(self, consumer: ConsumerSettings, job: Job, identity: JobId) -> Outcome:
         """Wait until a job is over; by the settings that its request was served with."""
@@ -103,6 +125,17 @@ class Services:
         """End every process that nobody else looks after."""
         drivers = [driver for driver in self._drivers.values() if driver is not None]
         await asyncio.gather(*(driver.close() for driver in drivers))
+
+    def _say_once(self, consumer: ConsumerSettings, problems: Sequence[str]) -> None:
+        """The next probe would say it again; new settings may have mended it."""
+        settings, said = self._said.get(consumer.name, (consumer, frozenset[str]()))
+        said = said if settings is consumer else frozenset()
+        if news := [problem for problem in problems if problem not in said]:
+            told = ", ".join(news)
+            _log.warning(
+                "%s answers, but cannot tell all that it is asked: %s", consumer.name, told
+            )
+        self._said[consumer.name] = consumer, said.union(news)
 
     async def _current_driver(self, consumer: ConsumerSettings) -> Driver | None:
         """Give its driver; new settings take over where nothing runs by the old ones."""

@@ -36,6 +36,7 @@ from mgpu_effects.values import (
     HeaderValue,
     Method,
     Mib,
+    ModelExpression,
     ModelName,
     Name,
     Origin,
@@ -130,6 +131,35 @@ class JobSettings:
     poll_s: Seconds = field(default=1, metadata=doc("between two rounds of questions"))
     timeout_s: Seconds = field(
         default=3600, metadata=doc("a job that is not over by then is cancelled and given up")
+    )
+
+
+@frozen(kw_only=True)
+class ResidencySettings:
+    """Where the service tells whether it is loaded: asked with each probe, by GET, for JSON."""
+
+    path: UrlPath = field(metadata=doc("path under the consumer's URL"))
+    resident: ModelExpression = field(
+        metadata=doc(
+            "JMESPath in its answer: loaded, unless that is false or empty. null says nothing: what"
+            " was believed stays believed, and the status tells why"
+        )
+    )
+    mib: ModelExpression | None = field(
+        default=None, metadata=doc("JMESPath of the memory that it holds while it is loaded")
+    )
+    unit: Literal["bytes", "mib"] = field(default="bytes", metadata=doc("what `mib` counts"))
+
+
+@frozen(kw_only=True)
+class BusySettings:
+    """Where the service tells whether it works, for somebody past the broker: asked likewise."""
+
+    path: UrlPath = field(metadata=doc("path under the consumer's URL"))
+    when: ModelExpression = field(
+        metadata=doc(
+            "JMESPath in its answer: at work, unless that is false or empty. null says nothing"
+        )
     )
 
 
@@ -285,6 +315,18 @@ class ConsumerSettings:
     )
     vram_managed: bool = field(
         default=False, metadata=doc("it evicts by itself: never tracked, sized or evicted")
+    )
+    residency: ResidencySettings | Literal["nvml", "assumed"] = field(
+        default="assumed",
+        metadata=doc(
+            "how to see that it is loaded. nvml: its processes hold more than `vram_residue_mib` on"
+            " its cards; assumed: by what the broker told it to do, or by whether its process runs"
+            " where a driver is all there is"
+        ),
+    )
+    busy: BusySettings | None = field(
+        default=None,
+        metadata=doc("how to see that it works for others; who works is not evicted. null: no way"),
     )
     unload: Annotated[tuple[Step, ...], OneOrMany()] = field(
         default=(), metadata=doc("how to clear it out of VRAM; without: its driver stops it")
@@ -521,11 +563,9 @@ class Settings:
 # Keys of the contract that come with a later version: no typing errors, but not to be ignored.
 LATER_KEYS: Mapping[type, tuple[str, ...]] = {
     ConsumerSettings: (
-        "busy",
         "front",
         "passive",
         "preset",
-        "residency",
         "wait_comments_s",
     ),
     DriverSettings: ("container",),

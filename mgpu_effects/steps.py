@@ -47,7 +47,11 @@ async def run_steps(
 
 async def json_of(session: aiohttp.ClientSession, consumer: ConsumerSettings, step: Step) -> object:
     """Carry one step out and give its answer's JSON. Raises CallError, `bad_answer` without any."""
-    answer = await _call(session, consumer, step, read_bytes=MAX_JSON_BYTES, keep=True)
+    return json_in(await _call(session, consumer, step, read_bytes=MAX_JSON_BYTES, keep=True))
+
+
+def json_in(answer: bytes) -> object:
+    """Read an answer as JSON. Raises CallError, `bad_answer`, where it is none."""
     try:
         return json.loads(answer)
     except (ValueError, RecursionError) as error:

@@ -54,6 +54,8 @@ Address = Annotated[
 # What to find in an answer; and what must be so in it, where {id} is the id of a job.
 Expression = Annotated[str, JmesPath()]
 Condition = Annotated[str, JmesPath(("id",))]
+# The same in what a service says of itself, where {model} is the name of a unit's model.
+ModelExpression = Annotated[str, JmesPath(("model",))]
 HeaderName = Annotated[str, Matching(r"[0-9A-Za-z!#$%&'*+.^_`|~-]+", "the name of a header")]
 HeaderValue = Annotated[str, Matching(r"[^\r\n\0]*", "text in one line")]
 VariableName = Annotated[str, Matching(r"[^=\0]+", "the name of a variable")]

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 import attrs
 
+from mgpu_core.config import SECOND_US
 from mgpu_core.events import Event, GpuReading, GpuSample, ProbeResult
 from mgpu_effects.clock import Clock
 from mgpu_effects.gpu import SampleError, Sampler, make_sampler
+from mgpu_effects.gpu_processes import HolderReader, Holders
 from mgpu_effects.probes import ProbeFacts
 from mgpu_effects.services import Services
 from mgpu_effects.settings import Settings
@@ -56,7 +58,10 @@ class Watch:
         self._settings = Settings()
         self._sampler: Sampler | None = None
         self._sampling: Repeater | None = None
+        # The server of each consumer that is followed, and who asks each server.
+        self._servers: dict[str, str] = {}
         self._probing: dict[str, Repeater] = {}
+        self._holders = HolderReader(clock, lambda: self._sampler, services.owners)
 
     async def configure(self, settings: Settings) -> None:
         old, self._settings = self._settings, settings
@@ -69,21 +74,26 @@ class Watch:
             repeater.interval_s = settings.probe.interval_s
 
     def follow(self, names: Collection[str]) -> None:
-        """Probe these consumers from now on, and no others."""
-        for name in [name for name in self._probing if name not in names]:
-            self._probing.pop(name).stop()
-        for name in names:
-            if name not in self._probing:
-                interval_s = self._settings.probe.interval_s
-                self._probing[name] = Repeater(self._prober(name), interval_s)
+        """Probe these consumers from now on, and no others; those of one server together."""
+        self._servers = {name: self._services.server_of(name) for name in names}
+        servers = set(self._servers.values())
+        for server in self._probing.keys() - servers:
+            self._probing.pop(server).stop()
+        for server in sorted(servers - self._probing.keys()):
+            interval_s = self._settings.probe.interval_s
+            self._probing[server] = Repeater(self._prober(server), interval_s)
 
     def sample(self) -> None:
         if self._sampling is not None:
             self._sampling.ask()
 
     def probe(self, name: str) -> None:
-        if name in self._probing:
-            self._probing[name].ask()
+        if name in self._servers:
+            self._probing[self._servers[name]].ask()
+
+    async def holders(self) -> Holders | None:
+        """Say who held the memory of the cards not long ago; None: nobody looked yet."""
+        return await self._holders.recent(round(self._settings.poll_interval_s * SECOND_US))
 
     async def close(self) -> None:
         for repeater in self._probing.values():
@@ -114,25 +124,29 @@ class Watch:
             error = "internal_error"
         self._post(lambda at: GpuSample(at=at, taken=taken, gpus=gpus, error=error))
 
-    def _prober(self, name: str) -> Callable[[], Awaitable[None]]:
+    def _prober(self, server: str) -> Callable[[], Awaitable[None]]:
         async def look() -> None:
             taken = self._clock.now()
-            facts = await self._facts(name)
-            self._post(
-                lambda at: ProbeResult(
-                    at=at, consumer=name, taken=taken, **attrs.asdict(facts, recurse=False)
-                )
-            )
+            for name, facts in (await self._facts(server, taken)).items():
+                if name in self._servers:
+                    self._post_result(name, taken, facts)
 
         return look
 
-    async def _facts(self, name: str) -> ProbeFacts:
+    def _post_result(self, name: str, taken: int, facts: ProbeFacts) -> None:
+        told = attrs.asdict(facts, recurse=False)
+        self._post(lambda at: ProbeResult(at=at, consumer=name, taken=taken, **told))
+
+    async def _facts(self, server: str, taken: int) -> Mapping[str, ProbeFacts]:
         timeout_s = self._settings.probe.timeout_s
         try:
             async with asyncio.timeout(timeout_s + PATIENCE_S):
-                return await self._services.probe(name, timeout_s)
+                return await self._services.probe(
+                    server, timeout_s, lambda: self._holders.read(since=taken)
+                )
         except TimeoutError:
-            return ProbeFacts(healthy=False, failure="timeout", error="timeout")
+            nothing = ProbeFacts(healthy=False, failure="timeout", error="timeout")
         except Exception:  # noqa: BLE001 - whatever it is, it is an event
-            _log.exception("a defect in probing %s", name)
-            return ProbeFacts(healthy=False, failure="answer", error="internal_error")
+            _log.exception("a defect in probing %s", server)
+            nothing = ProbeFacts(healthy=False, failure="answer", error="internal_error")
+        return {name: nothing for name, its in self._servers.items() if its == server}

@@ -10,18 +10,20 @@ from mgpu_core.memory import held_mib
 from mgpu_core.ordering import is_pinned, walk_order
 from mgpu_core.state import ConsumerState, Phase, RequestState, Residency, State
 from mgpu_core.why import Waits, encode_explanation, summary
+from mgpu_effects.gpu_processes import Holders
 
 VERSION = version("mgpu")
+FOREIGN_SHOWN = 32  # those that hold the most
 
 
-def snapshot(state: State, waits: Waits, now: int) -> dict[str, Any]:
+def snapshot(state: State, waits: Waits, now: int, holders: Holders | None) -> dict[str, Any]:
     """Give the whole answer of GET /v1/status; `now` in microseconds."""
     requests = request_rows(state, waits, now)
     return {
         "version": VERSION,
         "run": state.run,
         "draining": state.draining,
-        "gpu": gpu_rows(state),
+        "gpu": [{**row, "foreign": _foreign(row["index"], holders)} for row in gpu_rows(state)],
         "consumers": {
             name: _consumer_row(state, name, consumer) for name, consumer in state.consumers.items()
         },
@@ -45,6 +47,14 @@ def gpu_rows(state: State) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _foreign(card: int, holders: Holders | None) -> list[dict[str, Any]] | None:
+    """List the processes that hold memory of a card and are no consumer's; None: not known."""
+    if holders is None or holders.error is not None:
+        return None
+    strangers = holders.foreign(card)[:FOREIGN_SHOWN]
+    return [{"pid": each.pid, "name": each.name, "mib": each.mib} for each in strangers]
 
 
 def _consumer_row(state: State, name: str, believed: ConsumerState) -> dict[str, Any]:

@@ -28,7 +28,8 @@ async def health(service: Service, _exchange: Exchange, _request: Request) -> Re
 
 async def status(service: Service, _exchange: Exchange, _request: Request) -> Response:
     broker = service.broker
-    return JSONResponse(snapshot(broker.state, broker.waits, service.clock.now()))
+    holders = await broker.holders()
+    return JSONResponse(snapshot(broker.state, broker.waits, service.clock.now(), holders))
 
 
 async def metrics(service: Service, _exchange: Exchange, _request: Request) -> Response:

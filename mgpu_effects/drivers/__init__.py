@@ -10,7 +10,7 @@ from mgpu_effects.drivers.process import ProcessDriver
 from mgpu_effects.drivers.systemd import SystemdDriver
 from mgpu_effects.settings import ConsumerSettings
 
-__all__ = ["Driver", "ProcessDriver", "SystemdDriver", "make_driver"]
+__all__ = ["Driver", "ProcessDriver", "SystemdDriver", "make_driver", "mark_of"]
 
 _READY_TIMEOUT_S = 1.0
 
@@ -35,8 +35,12 @@ def make_driver(
     process = consumer.driver.process if consumer.driver else None
     systemd = consumer.driver.systemd if consumer.driver else None
     if process is not None:
-        mark = f"{consumer.name} {consumer.url}"
-        return ProcessDriver(consumer.name, process, answers, on_exit, mark=mark)
+        return ProcessDriver(consumer.name, process, answers, on_exit, mark=mark_of(consumer))
     if systemd is not None:
         return SystemdDriver(consumer.name, systemd.unit, answers, user=systemd.user)
     return None
+
+
+def mark_of(consumer: ConsumerSettings) -> str:
+    """Give what the processes of its process driver carry in their environment."""
+    return f"{consumer.name} {consumer.url}"

@@ -104,6 +104,15 @@ def status(arguments: Namespace) -> int:
     return DONE
 
 
+GPU_HEAD = ("GPU", "USED MIB", "FREE MIB", "TOTAL MIB", "ERROR")
+CONSUMER_HEAD = (
+    *("CONSUMER", "HEALTH", "MEMORY", "SOURCE", "MIB"),
+    *("ACTIVE", "WAITING", "TOTAL", "MARKS"),
+)
+REQUEST_HEAD = ("REQUEST", "CONSUMER", "KIND", "STATE", "PLACE", "WAITED MS", "WHY")
+FOREIGN_HEAD = ("GPU", "PID", "NO CONSUMER'S PROCESS", "MIB")
+
+
 def screen(told: dict[str, Any]) -> str:
     """Show a status on one screen."""
     scheduler = told["scheduler"]
@@ -113,41 +122,31 @@ def screen(told: dict[str, Any]) -> str:
         f" {scheduler['queue_depth']} waiting, {scheduler['total_jobs']} jobs,"
         f" {scheduler['loads']} loads, {scheduler['evictions']} evictions"
     )
-    parts = [
-        summary,
-        table(
-            ("GPU", "USED MIB", "FREE MIB", "TOTAL MIB", "ERROR"),
-            [
-                [gpu[key] for key in ("index", "used_mib", "free_mib", "total_mib", "error")]
-                for gpu in told["gpu"]
-            ],
-        ),
-        table(
-            (
-                "CONSUMER",
-                "HEALTH",
-                "MEMORY",
-                "SOURCE",
-                "MIB",
-                "ACTIVE",
-                "WAITING",
-                "TOTAL",
-                "MARKS",
-            ),
-            [_consumer_cells(name, row) for name, row in told["consumers"].items()],
-        ),
+    gpus = [
+        [gpu[key] for key in ("index", "used_mib", "free_mib", "total_mib", "error")]
+        for gpu in told["gpu"]
     ]
-    if told["requests"]:
-        parts.append(
-            table(
-                ("REQUEST", "CONSUMER", "KIND", "STATE", "PLACE", "WAITED MS", "WHY"),
-                [_request_cells(row) for row in told["requests"]],
-            )
-        )
+    consumers = [_consumer_cells(name, row) for name, row in told["consumers"].items()]
+    requests = [_request_cells(row) for row in told["requests"]]
+    strangers = [_foreign_cells(gpu, row) for gpu in told["gpu"] for row in gpu["foreign"] or ()]
+    parts = [summary, table(GPU_HEAD, gpus), table(CONSUMER_HEAD, consumers)]
+    parts += [table(REQUEST_HEAD, requests)] if requests else []
+    parts += [table(FOREIGN_HEAD, strangers)] if strangers else []
     return "\n\n".join(parts)
 
 
 HEALTH = {True: "ok", False: "down", None: None}
+
+
+def _foreign_cells(gpu: dict[str, Any], row: dict[str, Any]) -> list[object]:
+    return [gpu["index"], row["pid"], row["name"], row["mib"]]
+
+
+def _health(row: dict[str, Any]) -> str | None:
+    error = row["error"]
+    if error is not None and row["healthy"]:
+        return f"ok ({error})"
+    return error or HEALTH[row["healthy"]]
 
 
 def _consumer_cells(name: str, row: dict[str, Any]) -> list[object]:
@@ -156,7 +155,7 @@ def _consumer_cells(name: str, row: dict[str, Any]) -> list[object]:
         marks.append("cooling down")
     return [
         name,
-        row["error"] or HEALTH[row["healthy"]],
+        _health(row),
         row["residency"],
         row["residency_source"],
         row["gpu_resident_mib"],

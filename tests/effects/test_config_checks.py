@@ -114,6 +114,26 @@ CONSUMERS = [
         "with vram_managed it is never unloaded",
     ),
     ("job: {id: a, over: {path: /q, when: b}}", "job", "it has no paths"),
+    (
+        "vram_managed: true, residency: {path: /p, resident: a}",
+        "residency",
+        "with vram_managed it is never tracked",
+    ),
+    ("residency: {path: /p, resident: a, unit: mib}", "residency.unit", "there is no mib"),
+    (
+        "gpu: none, residency: {path: /p, resident: a, mib: b}",
+        "residency.mib",
+        "takes no GPU memory",
+    ),
+    ("gpu: none, residency: nvml", "residency", "takes no GPU memory"),
+    (
+        "residency: {path: '/p/{model}', resident: a}",
+        "residency.path",
+        "{model} stands for one of `models`",
+    ),
+    ("busy: {path: /p, when: 'a == {model}'}", "busy.when", "{model} stands for one of"),
+    ("url: http://gpu-box:9001, residency: nvml", "residency", "its processes cannot be found"),
+    ("url: http://10.0.0.7:9001, residency: nvml", "residency", "its processes cannot be found"),
     ("url: http://300.0.0.1/", "url", "300.0.0.1 is no IP address"),
     ("url: 'http://[::g]/'", "url", "an http or https URL"),
 ]
@@ -126,6 +146,17 @@ def test_a_contradiction_in_a_consumer_is_the_one_error(tmp_path, keys, key, wor
     found = _errors(tmp_path, text)
     assert [key for key, _ in found] == [f"consumers.voice.{key}"]
     assert words in found[0][1]
+
+
+@pytest.mark.parametrize("way", ["systemd_unit: a", "driver: {systemd: {unit: a}}"])
+def test_the_processes_of_a_unit_are_found_wherever_its_url_leads(tmp_path, way):
+    text = f"consumers: {{voice: {{url: 'http://gpu-box:9001', residency: nvml, {way}}}}}"
+    assert _errors(tmp_path, text) == []
+
+
+def test_who_holds_the_memory_cannot_be_seen_where_nobody_reads_the_cards(tmp_path):
+    found = _errors(tmp_path, _text("gpu: {sampler: none}", "residency: nvml"))
+    assert found == [("consumers.voice.residency", "nobody reads the GPUs: sampler is none")]
 
 
 def test_a_grace_by_default_may_be_too_long_for_an_unload(tmp_path):
@@ -168,6 +199,9 @@ def test_a_unit_belongs_to_one_consumer(tmp_path):
         ("scheduler: {load_timeout_s: 9, unload_timeout_s: 9}", "load: {path: /l}"),
         ("scheduler: {load_timeout_s: 9}", "driver: {process: {command: x}}"),
         ("routing: {tts: voice}\naudio_proxy: pictures", "can_coexist_with: [pictures]"),
+        ("", "residency: nvml"),
+        ("", "residency: {path: /p, resident: a, mib: b, unit: mib}, busy: {path: /p, when: c}"),
+        ("", "gpu: none, residency: {path: /p, resident: a}"),
     ],
 )
 def test_what_only_looks_wrong_is_taken(tmp_path, top, keys):

@@ -109,6 +109,13 @@ GOOD = [
     _consumer("job: {id: a, over: {path: /a, when: b}}"),
     _consumer("job: {id: a, over: [{path: /a, when: b}, {path: /c, when: d}], cancel: {path: /e}}"),
     _consumer("job: {id: a, over: {path: '/{id}', when: '{id}', ok: [404]}, failed: null}"),
+    _consumer("residency: nvml"),
+    _consumer("residency: assumed"),
+    _consumer("residency: {path: /a, resident: b}"),
+    _consumer("residency: {path: /a, resident: b, mib: c, unit: mib}"),
+    _consumer("residency: {path: '/{model}', resident: '[?id == {model}]'}"),
+    _consumer("busy: {path: /a, when: b}"),
+    _consumer("busy: null"),
     _consumer("timeout_s: {total: null}"),
     _consumer("health: {path: '/${env:SECRET}', method: '${env:METHOD}'}"),
     "consumers: {a: {url: '${env:URL}'}}",
@@ -172,6 +179,13 @@ BAD = [
     _consumer("driver: {process: {command: x, stop_signal: SIGTERM}}"),
     _consumer("can_coexist_with: b"),
     _consumer("timeout_s: {connect: null}"),
+    _consumer("residency: null"),
+    _consumer("residency: cuda"),
+    _consumer("residency: {path: /a}"),
+    _consumer("residency: {path: /a, mib: b}"),
+    _consumer("residency: {path: /a, resident: b, unit: kib}"),
+    _consumer("busy: {path: /a}"),
+    _consumer("busy: nvml"),
     _consumer("job: {id: a}"),
     _consumer("job: {id: a, over: []}"),
     _consumer("job: {id: a, over: {path: /a}}"),
@@ -195,7 +209,7 @@ def _known_keys() -> list[str]:
     schema = json_schema()
     each = [schema, *schema["$defs"].values()]
     known = {key for one in each for key in one.get("properties", {})} | {"tts", "0", "x"}
-    return sorted(known - {"id", "when"})  # no schema knows JMESPath
+    return sorted(known - {"id", "when", "resident", "mib"})  # no schema knows JMESPath
 
 
 SCALARS = st.one_of(

@@ -11,7 +11,13 @@ import pytest
 
 from mgpu_core.events import GpuReading
 from mgpu_effects import gpu
-from mgpu_effects.gpu import NvidiaSmiSampler, NvmlSampler, SampleError, make_sampler
+from mgpu_effects.gpu import (
+    GpuProcess,
+    NvidiaSmiSampler,
+    NvmlSampler,
+    SampleError,
+    make_sampler,
+)
 from mgpu_effects.settings import GpuSettings
 
 MIB = 2**20
@@ -40,6 +46,8 @@ class FakeNvml:
         self.initialised = 0
         self.inits = 0
         self.hold: threading.Event | None = None
+        # (uuid, pid, MiB or None) of what computes and of what draws.
+        self.running: dict[str, list[tuple[str, int, int | None]]] = {"Compute": [], "Graphics": []}
 
     def __getattr__(self, name: str) -> object:
         assert name.startswith("NVMLError")
@@ -72,6 +80,28 @@ class FakeNvml:
         total, reserved, used = (n * MIB for n in self.cards[handle])
         free = total - reserved - used
         return SimpleNamespace(total=total, used=used if version else used + reserved, free=free)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[object]:  # noqa: N802
+        return self._running("Compute", handle, "" if not self.old else "_v3")
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: str) -> list[object]:  # noqa: N802
+        return self._running("Graphics", handle, "" if not self.old else "_v3")
+
+    def nvmlDeviceGetComputeRunningProcesses_v2(self, handle: str) -> list[object]:  # noqa: N802
+        return self._running("Compute", handle, "_v2")
+
+    def nvmlDeviceGetGraphicsRunningProcesses_v2(self, handle: str) -> list[object]:  # noqa: N802
+        return self._running("Graphics", handle, "_v2")
+
+    def _running(self, kind: str, handle: str, version: str) -> list[object]:
+        self._may_fail()
+        if version == "_v3":
+            raise pynvml.NVMLError_FunctionNotFound
+        return [
+            SimpleNamespace(pid=pid, usedGpuMemory=None if mib is None else mib * MIB)
+            for card, pid, mib in self.running[kind]
+            if card == handle
+        ]
 
     def _may_fail(self) -> None:
         if self.fault:
@@ -260,6 +290,74 @@ async def test_simulated_reads_its_file_each_time(tmp_path, monkeypatch):
     assert await code_of(sampler) == "simulated_failed"
     told.unlink()
     assert await code_of(sampler) == "simulated_failed"
+
+
+# ---------------------------------------------------------------------------- who holds the memory
+
+
+@pytest.mark.parametrize("old", [False, True])
+async def test_nvml_lists_who_computes_and_who_draws_once_for_each_card(nvml, old):
+    nvml.old = old
+    nvml.running["Compute"] = [(FIRST, 10, 5000), (FIRST, 11, 700), (SECOND, 10, 300)]
+    nvml.running["Graphics"] = [(FIRST, 11, 700), (FIRST, 12, 90)]
+    cards = (GpuSettings(index=0, sampler="nvml"), GpuSettings(index=5, uuid=SECOND))
+    assert await make_sampler(cards).processes() == (
+        GpuProcess(0, 10, 5000),
+        GpuProcess(0, 11, 700),
+        GpuProcess(0, 12, 90),
+        GpuProcess(5, 10, 300),
+    )
+
+
+async def test_memory_that_the_driver_does_not_tell_is_unknown(nvml):
+    nvml.running["Compute"] = [(FIRST, 10, None), (FIRST, 11, 100), (FIRST, 11, None)]
+    nvml.running["Graphics"] = [(FIRST, 10, 20)]
+    processes = await make_sampler((GpuSettings(sampler="nvml"),)).processes()
+    assert processes == (GpuProcess(0, 10, None), GpuProcess(0, 11, None))
+
+
+async def test_the_parts_of_a_divided_card_add_up(nvml):
+    nvml.running["Compute"] = [(FIRST, 10, 300), (FIRST, 10, 200)]
+    assert await make_sampler((GpuSettings(),)).processes() == (GpuProcess(0, 10, 500),)
+
+
+async def test_a_driver_that_tells_nothing_about_processes(nvml, no_nvidia_smi):
+    nvml.fault = pynvml.NVMLError_NotSupported
+    with pytest.raises(SampleError, match="not_supported"):
+        await make_sampler((GpuSettings(),)).processes()
+
+
+async def test_nvidia_smi_lists_who_computes(nvidia_smi):
+    nvidia_smi(
+        'case "$1" in\n'
+        f"*gpu=*) echo '0, {FIRST}, 24576, 4096, 20180'; echo '1, {SECOND}, 8192, 1, 8191';;\n"
+        f"*apps=*) echo '{SECOND}, 10, 300'; echo '{FIRST}, 11, [N/A]'; echo 'GPU-x, 12, 5';;\n"
+        "esac"
+    )
+    cards = (GpuSettings(index=0, sampler="nvidia-smi"), GpuSettings(index=7, uuid=SECOND))
+    processes = await make_sampler(cards).processes()
+    assert processes == (GpuProcess(7, 10, 300), GpuProcess(0, 11, None))
+
+
+async def test_nvidia_smi_may_say_that_nobody_is_there(nvidia_smi):
+    nvidia_smi(
+        'case "$1" in\n'
+        f"*gpu=*) echo '0, {FIRST}, 24576, 4096, 20180';;\n"
+        "*apps=*) echo 'No running processes found';;\n"
+        "esac"
+    )
+    assert await make_sampler((GpuSettings(sampler="nvidia-smi"),)).processes() == ()
+
+
+async def test_a_simulated_card_may_have_processes(tmp_path, monkeypatch):
+    told = tmp_path / "gpu.json"
+    monkeypatch.setenv("MGPU_SIMULATED_GPU", str(told))
+    sampler = make_sampler((GpuSettings(sampler="simulated"),))
+    told.write_text(json.dumps({"gpus": []}))
+    assert await sampler.processes() == ()
+    process = {"index": 0, "pid": 10, "mib": 300}
+    told.write_text(json.dumps({"gpus": [], "processes": [process]}))
+    assert await sampler.processes() == (GpuProcess(0, 10, 300),)
 
 
 async def test_the_real_library_answers_with_a_reading_or_a_code():

@@ -3,17 +3,27 @@ import asyncio
 import pytest
 from aiohttp import web
 
+from mgpu_effects import probes
 from mgpu_effects.calls import control_session
-from mgpu_effects.probes import ProbeFacts, probe
+from mgpu_effects.gpu_processes import Holders, Holding
+from mgpu_effects.probes import ProbeFacts
 from mgpu_effects.settings import (
+    BusySettings,
     ConsumerSettings,
     DriverSettings,
     Endpoint,
     ProcessSettings,
+    ResidencySettings,
     Step,
     SystemdSettings,
 )
 from tests.support.dev_http import free_port, serving, serving_raw
+
+
+async def probe(session, consumer, *args, **settings) -> ProbeFacts:
+    """Look at a consumer that is the only one of its server."""
+    facts = await probes.probe(session, [consumer], *args, **settings)
+    return facts[consumer.name]
 
 
 @pytest.fixture
@@ -163,3 +173,135 @@ async def test_with_routes_of_its_own_a_probe_says_nothing_about_memory(session,
         assert (facts.healthy, facts.resident) == (True, None)
     facts = await probe(session, consumer(url, **routes), 5, Running(False))
     assert (facts.healthy, facts.resident) == (False, None)
+
+
+# ----------------------------------------------------------------- is it loaded, does it work
+
+
+class Service:
+    """Answers each path with its JSON, text or status, and keeps what was asked."""
+
+    def __init__(self, **answers: object) -> None:
+        self.answers = {"health": {}, **answers}
+        self.asked: list[str] = []
+        self.hold: dict[str, asyncio.Event] = {}
+
+    async def answer(self, request: web.Request) -> web.Response:
+        name = request.path.removeprefix("/")
+        self.asked.append(f"{request.method} {request.path}")
+        if name in self.hold:
+            await self.hold[name].wait()
+        answer = self.answers[name]
+        if isinstance(answer, int):
+            return web.Response(status=answer, headers={"Location": "/health"})
+        return web.Response(text=answer) if isinstance(answer, str) else web.json_response(answer)
+
+
+PS = ResidencySettings(path="/ps", resident="loaded", mib="mib", unit="mib")
+QUEUE = BusySettings(path="/queue", when="length > `0`")
+LOADED = {"loaded": True, "mib": 2000}
+
+
+async def test_health_is_asked_first_and_then_the_rest(session):
+    service = Service(ps=LOADED, queue={"length": 1})
+    async with serving(service.answer) as url:
+        facts = await probe(session, consumer(url, residency=PS, busy=QUEUE), 5)
+    assert facts == ProbeFacts(healthy=True, resident=True, vram_mib=2000, busy=True)
+    assert service.asked[0] == "GET /health"
+    assert sorted(service.asked[1:]) == ["GET /ps", "GET /queue"]
+
+
+async def test_a_path_that_tells_all_is_asked_once(session):
+    service = Service(ps={**LOADED, "length": 0})
+    settings = {"residency": PS, "busy": BusySettings(path="/ps", when="length > `0`")}
+    async with serving(service.answer) as url:
+        facts = await probe(session, consumer(url, health=Endpoint(path="/ps"), **settings), 5)
+    assert facts == ProbeFacts(healthy=True, resident=True, vram_mib=2000, busy=False)
+    assert service.asked == ["GET /ps"]
+
+
+async def test_another_method_is_another_question(session):
+    service = Service(ps=LOADED)
+    health = Endpoint(path="/ps", method="HEAD")
+    async with serving(service.answer) as url:
+        assert (await probe(session, consumer(url, health=health, residency=PS), 5)).resident
+    assert service.asked == ["HEAD /ps", "GET /ps"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (404, "residency: http_404"),
+        (302, "residency: http_302"),
+        ("Ollama is running", "residency: bad_answer"),
+        ({}, "residency: no_value"),
+    ],
+)
+async def test_who_is_healthy_and_cannot_tell_is_healthy(session, answer, error):
+    service = Service(ps=answer, queue={"length": 0})
+    async with serving(service.answer) as url:
+        facts = await probe(session, consumer(url, residency=PS, busy=QUEUE), 5)
+    assert facts == ProbeFacts(healthy=True, busy=False, error=error)
+
+
+async def test_health_that_is_no_json_is_health_all_the_same(session):
+    service = Service(health="fine")
+    about = ResidencySettings(path="/health", resident="loaded")
+    async with serving(service.answer) as url:
+        facts = await probe(session, consumer(url, residency=about), 5)
+    assert facts == ProbeFacts(healthy=True, error="residency: bad_answer")
+
+
+async def test_who_is_not_healthy_is_asked_nothing_more(session):
+    service = Service(health=503, ps=LOADED)
+    async with serving(service.answer) as url:
+        facts = await probe(session, consumer(url, residency=PS, busy=QUEUE), 5)
+    assert facts == ProbeFacts(healthy=False, failure="status", error="http_503")
+    assert service.asked == ["GET /health"]
+
+
+async def test_all_questions_share_one_time_limit(session):
+    service = Service(ps=LOADED, queue={"length": 1})
+    service.hold = {"ps": asyncio.Event(), "queue": asyncio.Event()}
+    async with serving(service.answer) as url, asyncio.timeout(10):
+        facts = await probe(session, consumer(url, residency=PS, busy=QUEUE), 0.5)
+    assert facts == ProbeFacts(healthy=True, error="residency: timeout, busy: timeout")
+
+
+async def test_a_stranger_is_not_asked_for_who_does_not_run(session):
+    ours = DriverSettings(process=ProcessSettings(command=("serve",)))
+    async with serving(Service(ps=LOADED).answer) as url:
+        facts = await probe(session, consumer(url, driver=ours, residency=PS), 5, Running(False))
+    assert (facts.healthy, facts.resident, facts.vram_mib) == (True, False, None)
+
+
+async def test_what_the_service_says_goes_before_that_its_process_runs(session):
+    for said in (True, False):
+        async with serving(Service(ps={"loaded": said, "mib": 5}).answer) as url:
+            facts = await probe(session, consumer(url, residency=PS), 5, Running(True))
+        assert facts.resident is said
+
+
+async def test_by_its_processes(session):
+    holding = Holding(index=0, pid=1, name="x", mib=700, owners=frozenset({"one"}))
+
+    async def read() -> Holders:
+        return Holders(taken=1, used_mib={0: 700}, holdings=(holding,))
+
+    async with serving(ok) as url:
+        settings = consumer(url, residency="nvml")
+        facts = await probe(session, settings, 5, read_holders=read)
+        assert facts == ProbeFacts(healthy=True, resident=True, vram_mib=700)
+        # Nobody else pays for such a reading.
+        facts = await probe(session, consumer(url), 5, read_holders=read)
+        assert facts == ProbeFacts(healthy=True)
+
+
+async def test_a_reading_of_the_processes_has_the_same_time_limit(session):
+    async def read() -> Holders:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with serving(ok) as url, asyncio.timeout(10):
+        facts = await probe(session, consumer(url, residency="nvml"), 0.5, read_holders=read)
+    assert facts == ProbeFacts(healthy=True, error="residency: timeout")

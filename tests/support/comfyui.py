@@ -68,6 +68,9 @@ class ComfyUI:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         if request.path == "/system_stats":
             return web.json_response({})
+        if (request.method, request.path) == ("GET", "/prompt"):
+            remaining = len(self.running) + len(self.pending)
+            return web.json_response({"exec_info": {"queue_remaining": remaining}})
         self.calls.append(f"{request.method} {request.path}")
         body = await request.json() if request.can_read_body else {}
         if request.method == "POST":

@@ -6,6 +6,7 @@ targets that were `finished`: their answers went out whole.
 
 `/load`             takes its memory (500 if there is not enough), unless a rule gives a status
 `/unload`, `/free`  gives it back, or says so only: the rule `leak=1`
+`/state`            is a probe too: is it `loaded`, with how many `mib`, how much is it `working` at
 any other           is work: 503 while it is not loaded. A `lazy` one takes its memory for it, once
                     it found a workflow in it (else 400, as ComfyUI)
 """
@@ -54,15 +55,18 @@ class Card:
         self.path = directory / "card.json"
 
     def create(self, total_mib: int) -> None:
-        self._write({"total_mib": total_mib, "held": {}})
+        self._write({"total_mib": total_mib, "held": {}, "pids": {}})
 
     def take(self, name: str, mib: int) -> bool:
-        """Hold so much for a name, once; False, and nothing is taken: there is not enough."""
+        """Hold so much for a name, once, in this process; False: there is not enough, and nothing
+        is taken.
+        """
         with self._changing() as card:
             held = {**card["held"], name: mib}
             enough: bool = sum(held.values()) <= card["total_mib"]
             if enough:
                 card["held"] = held
+                card["pids"][name] = os.getpid()
         return enough
 
     def give_back(self, name: str) -> None:
@@ -98,7 +102,11 @@ class Card:
             "free_mib": card["total_mib"] - used_mib,
         }
         new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({**card, "gpus": [reading]}))
+        processes = [
+            {"index": 0, "pid": card["pids"][name], "mib": mib}
+            for name, mib in card["held"].items()
+        ]
+        new.write_text(json.dumps({**card, "gpus": [reading], "processes": processes}))
         new.replace(self.path)
 
 
@@ -115,6 +123,7 @@ class GpuService(Server):
         self._holds = False
         self._freeing: asyncio.TimerHandle | None = None
         self._finished: list[str] = []
+        self._working = 0
         if habits.loaded:
             self._load()
 
@@ -124,10 +133,17 @@ class GpuService(Server):
         path = urlsplit(request.target).path
         if path == "/health":
             return await super().watched(reader, writer, request)
+        if path == "/state":
+            request.orders = {"do": "text", "body": json.dumps(self._state())}
+            return await super().watched(reader, writer, request)
         with journal(self._directory).open("a") as lines:
             lines.write(f"{self._habits.name} {request.method} {path}\n")
         request.orders = {**request.orders, **self._act(path, request)}
-        whole = await super().watched(reader, writer, request)
+        self._working += 1
+        try:
+            whole = await super().watched(reader, writer, request)
+        finally:
+            self._working -= 1
         if whole:
             self._finished.append(request.target)
         return whole
@@ -140,6 +156,10 @@ class GpuService(Server):
         self._freeing = None
         self._holds = False
         self._card.give_back(self._habits.name)
+
+    def _state(self) -> dict[str, object]:
+        mib = self._habits.mib if self._holds else 0
+        return {"loaded": self._holds, "mib": mib, "working": self._working}
 
     def _act(self, path: str, request: Request) -> dict[str, str]:
         """Do to the card what the request asks for, and give what to answer."""

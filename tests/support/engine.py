@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-READY_S = 15
+ROOT = Path(__file__).parents[2]  # where its commands run
 STOPPED = ("created", "exited", "stopped", "dead")
 
 
@@ -91,6 +91,7 @@ class Container:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                cwd=ROOT,
                 start_new_session=True,
             ).pid
 

@@ -35,7 +35,7 @@ from mgpu_effects.carry_out import Executor
 from mgpu_effects.clock import Clock
 from mgpu_effects.core_config import core_config
 from mgpu_effects.errors import SHUTTING_DOWN, BrokerError
-from mgpu_effects.event_log import EventLog, default_dir, recall
+from mgpu_effects.event_log import EventLog, Live, default_dir, recall
 from mgpu_effects.jobs import Job
 from mgpu_effects.proxy import open_session
 from mgpu_effects.services import Services
@@ -202,6 +202,15 @@ class Broker:
     def lost_events(self) -> int:
         """How many events the log could not take."""
         return self._event_log.lost
+
+    @property
+    def live(self) -> Live:
+        """The last lines of the event log, and those to come."""
+        return self._event_log.live
+
+    @property
+    def log_dir(self) -> Path:
+        return self._event_log.directory
 
     def _look_at(self, consumer: str) -> None:
         self._watch.probe(consumer)

@@ -139,6 +139,31 @@ def export_arguments(parser: ArgumentParser) -> None:
     shape.add_argument("--json", action="store_true", help="the timeline as JSON Lines")
 
 
+def minimize_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--until",
+        metavar="CHECK",
+        help="what fails: `diverges` (today's code decides otherwise than the log says),"
+        " `invariant` (one of the scheduler's own), `planner` (what the one given answers), or a"
+        " property that single steps show, P1 to P15 [whatever fails first]",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="the smallest log goes here [beside LOG]"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60,
+        help="how long it looks; 0: only show what fails first [60]",
+    )
+
+
+def to_test_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--as", choices=("pytest", "transcript"), default="pytest", help="its form [pytest]"
+    )
+
+
 def own_planner(parser: ArgumentParser) -> None:
     parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
 
@@ -375,6 +400,20 @@ COMMANDS = (
         example="mgpu log export /var/lib/mgpu --from 02:00 --to 02:30 > trace.json",
         run="commands.log_export:export",
         add=(event_log, export_arguments),
+    ),
+    Command(
+        name="log minimize",
+        help="give the smallest log that still fails an invariant or a property, or diverges",
+        example="mgpu log minimize /var/lib/mgpu --until diverges -o small.jsonl",
+        run="commands.log_minimize:minimize",
+        add=(event_log, minimize_arguments, own_planner, as_json),
+    ),
+    Command(
+        name="log to-test",
+        help="give a test of the scheduler from a log, names and times made plain",
+        example="mgpu log to-test small.jsonl > tests/core/test_small.py",
+        run="commands.log_to_test:to_test",
+        add=(event_log, to_test_arguments, as_json),
     ),
     Command(
         name="log apply",

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mgpu_effects.settings import KINDS
-from mgpu_http import steer, work
+from mgpu_http import events, steer, work
 from mgpu_http.auth import Access
 from mgpu_http.exchange import Exchange, Service
 
@@ -116,4 +116,18 @@ PLAIN = tuple(
     for method, path, access, handler, id_, summary in PLAIN_ROWS
 )
 
-OPERATIONS: tuple[Operation, ...] = (*WORK, AUDIO, *PLAIN, *STEERING)
+EVENTS = Operation(
+    method="GET",
+    path="/v1/events",
+    access="client",
+    handler=events.events,
+    id="events",
+    summary="Each record of the event log as it happens",
+    answer="server-sent events, or JSON Lines for `Accept: application/jsonl`",
+    parameters=(
+        ("Last-Event-ID", "header", "RUN-SEQ of the last event that the client has"),
+        ("since", "query", "the same, where no header can be set"),
+    ),
+)
+
+OPERATIONS: tuple[Operation, ...] = (*WORK, AUDIO, *PLAIN, EVENTS, *STEERING)

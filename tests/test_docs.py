@@ -22,7 +22,7 @@ LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 TARGET = re.compile(r"^([a-z-]+):", re.MULTILINE)
 # Where a command begins: the line, a prompt, the other side of a pipe.
-COMMAND = re.compile(r"(?:^|\$ |\| *)(make|mgpu) +([a-z-]+)(?: +([a-z]+))?", re.MULTILINE)
+COMMAND = re.compile(r"(?:^|\$ |\| *)(make|mgpu) +([a-z-]+)(?: +([a-z][a-z-]*))?", re.MULTILINE)
 SHELLS = {"sh", "bash", "console"}
 SETTINGS_KEYS = {*fields_dict(Settings), "gpu"}
 

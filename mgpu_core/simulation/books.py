@@ -170,6 +170,43 @@ def shares_card(one: Consumer, other: Consumer) -> bool:
     return not one.vram_mib.keys().isdisjoint(other.vram_mib.keys())
 
 
+# ------------------------------------------------------------------- begun in the midst of a log
+
+
+def at_rest(state: State) -> bool:
+    """Say whether `books_of` a state are complete: nothing is under way that began before."""
+    return not (state.requests or state.swaps or state.promises) and not any(
+        belief.operation or belief.leaving or belief.cleared or belief.busy_seen is not None
+        for belief in state.consumers.values()
+    )
+
+
+def books_of(state: State) -> Books:
+    """Give the books of somebody who comes in late: what a state itself tells of what was."""
+    believed = state.consumers
+    out = {n: b.moved for n, b in believed.items() if b.residency is Residency.ABSENT}
+    return Books(
+        highest_epoch=state.epoch,
+        orders={n: _order(state, n) for n, belief in believed.items() if belief.operation},
+        pins={n: b.pinned for n, b in believed.items() if b.pinned is not None},
+        probed={n: b.last_probe for n, b in believed.items() if b.last_probe is not None},
+        last_done={n: belief.last_done for n, belief in believed.items()},
+        unloaded_at=out,
+        ended_at=dict(out),
+        engaged_at={n: belief.touched for n, belief in believed.items()},
+    )
+
+
+def _order(state: State, name: str) -> Order:
+    operation = state.consumers[name].operation
+    assert operation is not None
+    stops = operation.kind == "unload" and operation.how == "driver"
+    server = state.config.consumers[name].server if stops else None
+    return Order(
+        kind=operation.kind, epoch=operation.epoch, deadline=operation.deadline, server=server
+    )
+
+
 # ------------------------------------------------------------------------------ going on
 
 

@@ -23,8 +23,10 @@ from mgpu_core.codec import (
     encode_state,
 )
 from mgpu_core.config import SECOND_US, Config, Consumer
+from mgpu_core.invariants import violations as unsound
 from mgpu_core.planners import Planner
 from mgpu_core.scheduler import Scheduler, Transition
+from mgpu_core.simulation.books import at_rest, books_of
 from mgpu_core.simulation.chance import Chance
 from mgpu_core.simulation.faults import CALM, Faults, swarm
 from mgpu_core.simulation.making import (
@@ -49,6 +51,10 @@ PEACE_STEPS = 20_000
 LOOKS = 3
 # What is no wrong of a planner, but can be had for less.
 NEEDLESS = "a planner names more than it needs"
+
+# What a witness may be asked to look at instead of properties: the scheduler's own invariants, or
+# nothing at all.
+INVARIANT, NOTHING = "invariant", "nothing"
 
 # Even then: its queue is full, nobody is called so, its own deadline is over, no card is so large.
 REFUSED_IN_CALM_WEATHER = {"overloaded", "no_consumer", "queue_timeout", "insufficient_vram"}
@@ -75,15 +81,30 @@ class Report:
 
 
 class Witness:
-    """Sees every step of a run: a judge, and what a planner of one's own has answered."""
+    """Sees every step of a run: a judge, and what a planner of one's own has answered.
 
-    def __init__(self, state: State, watched: Watched | None, only: str = "") -> None:
-        self.judge = Judge(state, planner=watched, only=only)
+    `late`: it comes in the midst of a run, so that what is judged by what was before has to wait
+    until nothing of that is under way.
+    """
+
+    def __init__(
+        self, state: State, watched: Watched | None, only: str = "", *, late: bool = False
+    ) -> None:
+        self.judge = Judge(state, planner=watched, only=NOTHING if late else only)
+        self._only = only
+        self._late = late
         self._watched = watched
         self._known = set(state.config.consumers)
+        if late:
+            self.judge.books = books_of(state)
 
     def see(self, event: ev.Event, transition: Transition) -> list[Violation]:
+        if self._late and (isinstance(event, ev.Started) or at_rest(self.judge.state)):
+            self._late, self.judge.only = False, self._only
+            self.judge.books = books_of(self.judge.state)
         violations = self.judge.see(event, transition)
+        if self._only == INVARIANT:
+            violations += [Violation(INVARIANT, text) for text in unsound(transition.state)]
         if self._watched is None:
             return violations
         self._known.update(transition.state.config.consumers)

@@ -20,6 +20,7 @@ from mgpu_core.simulation.faults import CALM
 from mgpu_core.simulation.making import Setting, unfair_because
 from mgpu_core.simulation.oracles import Judge, Violation
 from mgpu_core.simulation.planning import Watched
+from mgpu_core.simulation.preamble import OPEN, STALE, STEP_US
 from mgpu_core.simulation.run import (
     MakeChance,
     Report,
@@ -36,23 +37,27 @@ from mgpu_core.state import Residency, State
 T = TypeVar("T")
 # How often a run, or a case, is tried again to find a smaller one.
 RUNS, TRIES = 60, 1_500
-# Between two events of a case: as little as a transcript tells apart.
-STEP_US = 1_000
 # More ticks than a wait needs, and more events than a calm end: what goes on for ever is given up.
 MOST_TICKS, CALM_EVENTS = 100, 200
 # What a case would not be plainer without: which card, what it can hold, what a reading showed.
 KEPT = {"index", "total_mib", "gpus"}
-# Epochs of answers in a case: of the command that is open then, or of none.
-OPEN, STALE = -1, 0
 START = ev.Started(at=START_US, run="run-1")
 
 
 @frozen(kw_only=True)
 class Case:
-    """A configuration, and what happens to it after the start of the broker."""
+    """A configuration, and what happens to it after the start of the broker.
+
+    `start`: what happens begins in this state instead, which few events can't bring about.
+    """
 
     config: Config
     events: tuple[ev.Event, ...]
+    start: State | None = None
+
+    @property
+    def begins_at(self) -> int:
+        return START_US if self.start is None else self.start.at
 
 
 @frozen(kw_only=True)
@@ -82,10 +87,10 @@ def smallest(report: Report, chance_of: MakeChance, planner: Planner | None = No
         nonlocal last_failing
         # Made plainer, a configuration may itself keep somebody waiting.
         fair = report.setting.fair and known.issuperset(unfair_because(case.config))
-        told = retold(case, planner, wanted=wanted, fair=fair)
-        failed = told.violation is not None and told.violation.property == wanted
+        again = retold(case, planner, wanted=wanted, fair=fair)
+        failed = again.violation is not None and again.violation.property == wanted
         if failed:
-            last_failing = told
+            last_failing = again
         return failed
 
     whole = case_of(report, planner)
@@ -123,6 +128,19 @@ def case_of(report: Report, planner: Planner | None = None) -> Case:
     return Case(config=report.setting.config, events=tuple(retelling.marked(events)))
 
 
+def told(
+    case: Case, planner: Planner | None = None, *, wanted: str = "", ticks: bool = True
+) -> Retold:
+    """Feed a case to a scheduler, up to the first violation of `wanted` that single steps show.
+
+    `ticks`: they come when it asks for them, not only where the case has one.
+    """
+    retelling = _Retelling(case.config, planner, wanted, case.start)
+    retelling.alone = wanted
+    violation = retelling.all_of(case.events, ticks=ticks)
+    return Retold(log=tuple(retelling.log), violation=violation)
+
+
 def retold(
     case: Case, planner: Planner | None = None, *, wanted: str = "", fair: bool = False
 ) -> Retold:
@@ -143,20 +161,24 @@ def retold(
 class _Retelling:
     """A scheduler that is told a case, and its witness."""
 
-    def __init__(self, config: Config, planner: Planner | None, wanted: str) -> None:
+    def __init__(
+        self, config: Config, planner: Planner | None, wanted: str, start: State | None = None
+    ) -> None:
         self.watched = None if planner is None else Watched(planner)
         self.scheduler = Scheduler(config, self.watched)
-        self.state: State = self.scheduler.initial()
-        self.witness = Witness(self.state, self.watched, only=wanted)
+        self.state: State = start or self.scheduler.initial()
+        self.witness = Witness(self.state, self.watched, wanted, late=start is not None)
         self.log: list[tuple[ev.Event, Transition]] = []
+        self._first = () if start else (START,)
+        self.alone = ""  # the one property that it stops at; empty: at any
 
     @property
     def judge(self) -> Judge:
         return self.witness.judge
 
-    def all_of(self, events: Sequence[ev.Event]) -> Violation | None:
-        for event in (START, *events):
-            for tick in self._ticks(event.at):
+    def all_of(self, events: Sequence[ev.Event], *, ticks: bool = True) -> Violation | None:
+        for event in (*self._first, *events):
+            for tick in self._ticks(event.at) if ticks else ():
                 if violation := self._feed(tick):
                     return violation
             if violation := self._feed(self._answering(event)):
@@ -189,7 +211,8 @@ class _Retelling:
             return gives_up(error)
         self.state = transition.state
         self.log.append((event, transition))
-        return next(iter(self.witness.see(event, transition)), None)
+        seen = self.witness.see(event, transition)
+        return next((one for one in seen if self.alone in {"", one.property}), None)
 
     def marked(self, events: Sequence[ev.Event]) -> Iterator[ev.Event]:
         """Give them with the epochs of answers as `OPEN` or `STALE`."""
@@ -312,6 +335,8 @@ def _edits(case: Case) -> Iterator[Edit]:
         yield partial(_on_the_second, number=number, part=1)
         for field in fields(type(event)):
             yield partial(_plainer_event, number=number, field=field)
+    if case.start is not None:
+        return  # its configuration is that of the state
     for field in fields(Config):
         yield partial(_plainer_setting, field=field)
     for key in ("gpus", "consumers"):
@@ -379,7 +404,7 @@ def _on_the_second(case: Case, number: int, part: int) -> Case:
 
 
 def _before(case: Case, number: int) -> int:
-    return case.events[number - 1].at if number else START_US
+    return case.events[number - 1].at if number else case.begins_at
 
 
 def _moved(case: Case, number: int, at: int) -> Case:

@@ -2,7 +2,7 @@
 
 `format` is what stands in a file, `files` which files there are; `writing` writes one run's, and
 `keeping` looks after those that are closed; `reading` streams a log, and `memory` takes from the
-last run what outlives it.
+last run what outlives it; `live` gives the lines of a running broker as they come.
 """
 
 from mgpu_effects.event_log.files import default_dir
@@ -17,6 +17,7 @@ from mgpu_effects.event_log.format import (
     encode_header,
     encode_line,
 )
+from mgpu_effects.event_log.live import Line, Live, PastError, past
 from mgpu_effects.event_log.memory import Memory, recall
 from mgpu_effects.event_log.reading import Item, found_in, last_record, read, segment_with
 from mgpu_effects.event_log.writing import EventLog
@@ -27,7 +28,10 @@ __all__ = [
     "EventLogError",
     "Gap",
     "Item",
+    "Line",
+    "Live",
     "Memory",
+    "PastError",
     "Segment",
     "Skipped",
     "Torn",
@@ -37,6 +41,7 @@ __all__ = [
     "encode_line",
     "found_in",
     "last_record",
+    "past",
     "read",
     "recall",
     "segment_with",

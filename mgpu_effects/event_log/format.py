@@ -167,7 +167,7 @@ def decode_line(line: bytes, place: Place) -> Segment | Record | Gap:
     """Read one line, with its LF. Raises BadLineError, and EventLogError for a newer format."""
     if not line.endswith(b"\n"):
         raise BadLineError("the line has no end")
-    checked = _is_checked(line)
+    checked = is_whole(line)
     try:
         text = line.decode("ascii")
         data: Any = _decode(text) if checked or text.startswith('{"log"') else None
@@ -191,7 +191,8 @@ def decode_line(line: bytes, place: Place) -> Segment | Record | Gap:
         raise BadLineError(f"it is no event of a log: {error} is missing") from error
 
 
-def _is_checked(line: bytes) -> bool:
+def is_whole(line: bytes) -> bool:
+    """Say whether the checksum of a line is that of its bytes."""
     document, crc = line[:-_CRC_BYTES], line[-_CRC_BYTES:]
     return crc == b',"crc":"%08x"}\n' % zlib.crc32(b"}", zlib.crc32(document))
 

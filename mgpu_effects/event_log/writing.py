@@ -23,6 +23,7 @@ from mgpu_effects.event_log.format import (
     encode_line,
 )
 from mgpu_effects.event_log.keeping import MIB, sync_directory, tidy
+from mgpu_effects.event_log.live import Live
 from mgpu_effects.settings import EventLogSettings
 
 # A segment ends when it is full (`rotate_mib`), old, or holds this many events: to fold them over
@@ -54,6 +55,7 @@ class EventLog:
     ) -> None:
         self.directory = directory
         self.lost = 0
+        self.live = Live(run)  # what was appended last, written or lost
         self._settings = settings
         self._run = run
         self._version = version
@@ -91,6 +93,7 @@ class EventLog:
 
     def begin(self, first_seq: int) -> None:
         """Begin the segment for event `first_seq` and those after it, within an event loop."""
+        self.live.begin(first_seq)
         self._begin(first_seq)
         self._keeper = asyncio.create_task(self._keep_tidy())
         if self._settings.fsync != "never":
@@ -101,12 +104,16 @@ class EventLog:
         self, seq: int, at: int, event: Json, effects: Sequence[Json], notes: Sequence[Json]
     ) -> None:
         """Write one event, already encoded; on its return the kernel has it."""
+        line = encode_line(seq, at, event, effects, notes)
+        self._append(seq, line)
+        self.live.add(seq, line)
+
+    def _append(self, seq: int, line: bytes) -> None:
         segment = self._segment
         if segment is None:
             self._lose(seq)
             self._begin(seq + 1)
             return
-        line = encode_line(seq, at, event, effects, notes)
         try:
             segment.write(line)
         except OSError as error:
@@ -131,6 +138,7 @@ class EventLog:
 
     async def close(self) -> None:
         """Write what is left, and let the directory go; the next run tidies up."""
+        self.live.close()
         self._ending.set()
         if self._gap is not None:
             self._begin_after = -math.inf

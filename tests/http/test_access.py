@@ -29,10 +29,11 @@ async def test_each_operation_asks_for_the_key_that_it_needs(
     operation: Any, tmp_path: Path
 ) -> None:
     target = operation.path.replace("{name}", "x").replace("{id}", "x").replace("{path:path}", "x")
+    method = "HEAD" if target == "/v1/events" else operation.method  # that has no end
     async with facade(tmp_path, with_keys(None)) as broker:
 
         async def allowed(*headers: str) -> bool:
-            answer = await broker.ask(operation.method, target, *headers, body=b"")
+            answer = await broker.ask(method, target, *headers, body=b"")
             return answer.status not in {401, 403}
 
         assert await allowed(f"X-Api-Key: {ADMIN}")

@@ -108,7 +108,8 @@ async def test_the_description_lists_every_operation_with_its_errors(tmp_path: P
         for path, methods in told["paths"].items():
             for method in methods:
                 target = path.replace("{path}", "x").replace("{name}", "x").replace("{id}", "x")
-                answer = await broker.ask(method.upper(), target, body=b"")
+                verb = "HEAD" if target == "/v1/events" else method.upper()  # that has no end
+                answer = await broker.ask(verb, target, body=b"")
                 routed = answer.status < 400 or answer.error not in {
                     "method_not_allowed",
                     "internal_error",

@@ -19,7 +19,7 @@ from tests.planted.plants import PLANTS, Plant
 
 KEPT = Path(__file__).parent / "caught.json"
 # Of the simulated host, for a seed, before a plant counts as not noticed.
-RUNS = 400
+RUNS = 1000
 
 
 @frozen

@@ -240,12 +240,22 @@ class ServeProcess(Address):
         return any(re.search(pattern, line) for line in self.lines)
 
 
+# The same with everything that any library has to say.
+TALKATIVE = (
+    "import logging, sys; logging.basicConfig(level=logging.DEBUG);"
+    " from mgpu_http.cli import main; sys.exit(main())"
+)
+
+
 @contextlib.contextmanager
-def serve_process(directory: Path, content: Mapping[str, Any]) -> Iterator[ServeProcess]:
+def serve_process(
+    directory: Path, content: Mapping[str, Any], *, talkative: bool = False
+) -> Iterator[ServeProcess]:
     """Run `mgpu serve` as a user does."""
     path = write_config(directory, content)
+    program = ("-c", TALKATIVE) if talkative else ("-m", "mgpu_http.cli")
     process = subprocess.Popen(
-        [sys.executable, "-m", "mgpu_http.cli", "serve", "--config", str(path)],
+        [sys.executable, *program, "serve", "--config", str(path)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

@@ -35,7 +35,7 @@ class Engine:
 
     def has(self, name: str, state: str, command: tuple[str, ...] = ()) -> None:
         container = {"state": state, "command": command, "pid": None}
-        (self._folder / f"{name}.json").write_text(json.dumps(container))
+        write(self._folder / f"{name}.json", container)
 
     def state(self, name: str) -> str:
         return str(json.loads((self._folder / f"{name}.json").read_text())["state"])
@@ -62,6 +62,13 @@ class Engine:
             Container(file).signal(signal.SIGKILL)
 
 
+def write(file: Path, content: dict[str, Any]) -> None:
+    """At once: who reads it meanwhile sees all of the old or all of the new."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(content))
+    new.replace(file)
+
+
 # --------------------------------------------------------------------------- the engine's side
 class RefusedError(Exception):
     """It says so on standard error and returns with that code."""
@@ -82,7 +89,7 @@ class Container:
 
     def becomes(self, state: str) -> None:
         self._facts["state"] = state
-        self._file.write_text(json.dumps(self._facts))
+        write(self._file, self._facts)
 
     def run(self) -> None:
         if self._facts["command"]:

@@ -4,15 +4,19 @@ import pytest
 from aiohttp import web
 
 from mgpu_effects.calls import control_session
+from mgpu_effects.clock import Clock
 from mgpu_effects.probes import ProbeFacts, probe
 from mgpu_effects.settings import (
     ConsumerSettings,
     DriverSettings,
     Endpoint,
+    GpuSettings,
     ProcessSettings,
+    Settings,
     Step,
     SystemdSettings,
 )
+from mgpu_effects.watch import Watch
 from tests.support.dev_http import free_port, serving, serving_raw
 
 
@@ -163,3 +167,25 @@ async def test_with_routes_of_its_own_a_probe_says_nothing_about_memory(session,
         assert (facts.healthy, facts.resident) == (True, None)
     facts = await probe(session, consumer(url, **routes), 5, Running(False))
     assert (facts.healthy, facts.resident) == (False, None)
+
+
+async def test_a_watch_is_closed_when_the_probe_under_way_has_ended():
+    """A command of a driver that was cut off has to be killed and reaped first."""
+    begun, reaped = asyncio.Event(), asyncio.Event()
+
+    class Slow:
+        async def probe(self, _name: str, _timeout_s: float) -> ProbeFacts:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0.1)
+                reaped.set()
+
+    watch = Watch(Slow(), Clock(), lambda _event: None)
+    await watch.configure(Settings(gpus=(GpuSettings(sampler="none"),)))
+    watch.follow(["a"])
+    watch.probe("a")
+    await begun.wait()
+    await watch.close()
+    assert reaped.is_set()

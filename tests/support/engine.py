@@ -41,8 +41,8 @@ class Engine:
         return str(json.loads((self._folder / f"{name}.json").read_text())["state"])
 
     def behaves(self, **habits: Any) -> None:
-        """`stop="hang"` or `"fail"`, `then="exited"`: what a start ends as, `refusal=[code, words]`
-        for all but inspect, `says=[code, words]` for that as well.
+        """`VERB="hang"`, `stop="fail"`, `kill="nothing"`, `then="exited"`: what a start ends as,
+        `refusal=[code, words]` for all but inspect, `says=[code, words]` for that as well.
         """
         (self._folder / "habits").write_text(json.dumps(habits))
 
@@ -145,6 +145,8 @@ class Command:
         if not self._file.exists():
             raise self._refused(self._missing(), f"failed to {self._verb} containers: {self._name}")
         self._container = Container(self._file)
+        if self._habits.get(self._verb) == "hang":
+            time.sleep(600)
         answer: str = getattr(self, f"_{self._verb}")()
         return answer
 
@@ -169,14 +171,11 @@ class Command:
         return self._name
 
     def _stop(self) -> str:
-        match self._habits.get("stop"):
-            case "fail":
-                raise self._refused(
-                    f"cannot stop container: {self._name}: tried to kill container, but did not"
-                    " receive an exit event"
-                )
-            case "hang":
-                time.sleep(600)
+        if self._habits.get("stop") == "fail":
+            raise self._refused(
+                f"cannot stop container: {self._name}: tried to kill container, but did not"
+                " receive an exit event"
+            )
         if self._podman and self._container.state == "paused":
             raise self._improper("is running or paused, refusing to clean up")
         if self._container.state not in STOPPED:

@@ -76,7 +76,8 @@ class ConsumerState:
     touched: int = -1
     # When its residency last changed.
     moved: int = -1
-    # What went wrong, where residency is UNKNOWN; a failed unload, also while it loads after that.
+    # What went wrong, where residency is UNKNOWN (None: it was never looked at); a failed unload,
+    # also while it loads after that.
     uncertain: Literal["load", "unload"] | None = None
     # The memory of a lazy one is set aside: its next request may be granted and starts it.
     cleared: bool = False
@@ -281,9 +282,15 @@ def assumed_residency(consumer: Consumer) -> Residency:
 
 
 def first_belief(consumer: Consumer) -> ConsumerState:
-    """What holds before the first probe: a process of the broker's own does not run yet."""
-    if consumer.driver in {"process", "container"}:
+    """What holds before the first probe: a process of the broker's own does not run yet.
+
+    A container may, and outlives the broker. Until it was looked at it is started like an absent
+    one, which does no harm if it runs, and its memory counts as taken.
+    """
+    if consumer.driver == "process":
         return ConsumerState(residency=Residency.ABSENT, refused=True)
+    if consumer.driver == "container":
+        return ConsumerState(residency=Residency.UNKNOWN, refused=True)
     return ConsumerState(residency=assumed_residency(consumer))
 
 

@@ -277,23 +277,26 @@ def _check_memory(settings: Settings, consumer: ConsumerSettings, here: Path) ->
 
 def _check_limits(scheduler: SchedulerSettings, consumer: ConsumerSettings, here: Path) -> Findings:
     """A limit inside a load or unload must not be longer than that may take as a whole."""
-    process = consumer.driver.process if consumer.driver else None
+    driver = consumer.driver
+    kind = "process" if driver and driver.process else "container"
+    runs = driver and (driver.process or driver.container)
     load = [((*here, "load", at, "timeout_s"), s.timeout_s) for at, s in enumerate(consumer.load)]
     unload = [
         ((*here, "unload", at, "timeout_s"), s.timeout_s) for at, s in enumerate(consumer.unload)
     ]
-    if process:
-        load.append(((*here, "driver", "process", "ready_s"), process.ready_s))
+    if runs:
+        load.append(((*here, "driver", kind, "ready_s"), runs.ready_s))
     for parts, key in ((load, "load_timeout_s"), (unload, "unload_timeout_s")):
         limit_s = getattr(scheduler, key)
         for path, part_s in parts:
             if part_s > limit_s:
                 text = f"{part_s:g} s, but scheduler.{key} ends it after {limit_s:g} s"
                 yield Finding(path, text, (("scheduler", key),), unless_default=True)
-    if process and process.grace_s + KILLED_S > scheduler.unload_timeout_s:
-        text = f"{process.grace_s:g} s and {KILLED_S:g} s for SIGKILL are more than "
+    grace_s = runs.grace_s if runs else None
+    if grace_s is not None and grace_s + KILLED_S > scheduler.unload_timeout_s:
+        text = f"{grace_s:g} s and {KILLED_S:g} s for SIGKILL are more than "
         text += f"scheduler.unload_timeout_s, {scheduler.unload_timeout_s:g} s"
-        path = (*here, "driver", "process", "grace_s")
+        path = (*here, "driver", kind, "grace_s")
         yield Finding(path, text, (("scheduler", "unload_timeout_s"),))
 
 
@@ -344,22 +347,31 @@ def _check_nvml(settings: Settings, consumer: ConsumerSettings, here: Path) -> F
         yield Finding(path, text + "is no driver", ways)
 
 
-def _check_systemd_units(settings: Settings) -> Findings:
-    owners: dict[tuple[str, bool], str] = {}
+def _check_drivers(settings: Settings) -> Findings:
+    """What one consumer's driver stops must not be another's."""
+    owners: dict[tuple[str, str, object], str] = {}
     for consumer in settings.consumers.values():
         here = ("consumers", consumer.name)
-        systemd = consumer.driver.systemd if consumer.driver else None
-        short = consumer.systemd_unit
-        if short and consumer.driver and (systemd is None or systemd.unit != short):
+        driver, short = consumer.driver, consumer.systemd_unit
+        other = driver and (driver.systemd is None or driver.systemd.unit != short)
+        if short and other:
             text = "driver names another way to start and stop it"
             yield Finding((*here, "systemd_unit"), text, ((*here, "driver"),))
-        unit = (systemd.unit, systemd.user) if systemd else (short, False)
-        if not unit[0]:
-            continue
-        owner = owners.setdefault((unit[0], unit[1]), consumer.name)
-        if owner != consumer.name:
-            text = f"{unit[0]} is the unit of {owner} too: stopping one would stop both"
-            yield Finding((*here, "driver" if systemd else "systemd_unit"), text)
+        unit = _stopped_by_driver(consumer)
+        owner = consumer.name if unit is None else owners.setdefault(unit, consumer.name)
+        if unit and owner != consumer.name:
+            text = f"{unit[1]} is the {unit[0]} of {owner} too: stopping one would stop both"
+            yield Finding((*here, "driver" if driver else "systemd_unit"), text)
+
+
+def _stopped_by_driver(consumer: ConsumerSettings) -> tuple[str, str, object] | None:
+    """Give what its driver stops, where that has a name on this host: its kind, name and place."""
+    driver = consumer.driver
+    if driver and driver.systemd:
+        return "unit", driver.systemd.unit, driver.systemd.user
+    if driver and driver.container:
+        return "container", driver.container.name, driver.container.engine
+    return ("unit", consumer.systemd_unit, False) if consumer.systemd_unit else None
 
 
 # ---------------------------------------------------------------------------------------- helpers
@@ -411,5 +423,5 @@ CHECKS: tuple[Callable[[Settings], Findings], ...] = (
     _check_fit,
     _check_consumers,
     _check_models,
-    _check_systemd_units,
+    _check_drivers,
 )

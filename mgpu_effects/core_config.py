@@ -79,7 +79,9 @@ def _neighbours(
 def _driver(consumer: ConsumerSettings) -> Driver:
     if consumer.driver is None:
         return "none"
-    return "process" if consumer.driver.process else "systemd"
+    if consumer.driver.process is not None:
+        return "process"
+    return "systemd" if consumer.driver.systemd is not None else "container"
 
 
 def _us(seconds: float) -> int:

@@ -14,7 +14,7 @@ from mgpu_effects.following import JobId, follow
 from mgpu_effects.gpu_processes import Owner, owner_of
 from mgpu_effects.jobs import Job
 from mgpu_effects.probes import ProbeFacts, ReadHolders, probe
-from mgpu_effects.settings import ConsumerSettings, SchedulerSettings, Settings
+from mgpu_effects.settings import KILLED_S, ConsumerSettings, SchedulerSettings, Settings
 from mgpu_effects.steps import run_steps
 from mgpu_effects.units import units
 
@@ -91,12 +91,22 @@ class Services:
             try:
                 async with asyncio.timeout(self._limits.unload_timeout_s):
                     if driver and (how == "driver" or not consumer.unload):
-                        return await driver.stop()
+                        return await self._stop(driver)
                     if driver and await driver.running() is False:
                         return None  # nobody is there to be called, and nothing is held
                     return await run_steps(self._session, consumer, consumer.unload)
             except TimeoutError:
                 return "timeout"
+
+    async def _stop(self, driver: Driver) -> str | None:
+        """Stop it, and kill what is still there while there is time to see that work."""
+        limit_s = self._limits.unload_timeout_s
+        try:
+            async with asyncio.timeout(max(limit_s - KILLED_S, limit_s / 2)):
+                error = await driver.stop()
+        except TimeoutError:
+            error = "timeout"
+        return await driver.kill() if error == "timeout" else error
 
     async def probe(
         self, server: str, timeout_s: float, read_holders: ReadHolders

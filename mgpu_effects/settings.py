@@ -194,6 +194,23 @@ class SystemdSettings:
 
 
 @frozen(kw_only=True)
+class ContainerSettings:
+    """A container that exists already, started and stopped by the command of its engine."""
+
+    name: Name = field(metadata=doc("name of the container, or its id"))
+    engine: Literal["docker", "podman"] = field(
+        default="docker", metadata=doc("the command that starts and stops it")
+    )
+    grace_s: GraceSeconds | None = field(
+        default=None,
+        metadata=doc("between its stop signal and SIGKILL; null: as the container itself says"),
+    )
+    ready_s: Seconds = field(
+        default=120, metadata=doc("from the start until its health probe must answer")
+    )
+
+
+@frozen(kw_only=True)
 class DriverSettings:
     """Who can start and stop the process behind the consumer: exactly one of these."""
 
@@ -202,6 +219,9 @@ class DriverSettings:
     )
     systemd: SystemdSettings | None = field(
         default=None, metadata=doc("systemd runs it, as a unit")
+    )
+    container: ContainerSettings | None = field(
+        default=None, metadata=doc("docker or podman runs it, as a container")
     )
 
 
@@ -568,5 +588,4 @@ LATER_KEYS: Mapping[type, tuple[str, ...]] = {
         "preset",
         "wait_comments_s",
     ),
-    DriverSettings: ("container",),
 }

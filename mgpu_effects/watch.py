@@ -37,6 +37,10 @@ class Repeater:
     def stop(self) -> None:
         self._task.cancel()
 
+    async def ended(self) -> None:
+        """Wait until what was under way when it was stopped is over: a command may be killed."""
+        await asyncio.wait((self._task,), timeout=PATIENCE_S)
+
     async def _run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
@@ -96,10 +100,12 @@ class Watch:
         return await self._holders.recent(round(self._settings.poll_interval_s * SECOND_US))
 
     async def close(self) -> None:
-        for repeater in self._probing.values():
-            repeater.stop()
+        repeaters = list(self._probing.values())
         if self._sampling is not None:
-            self._sampling.stop()
+            repeaters.append(self._sampling)
+        for repeater in repeaters:
+            repeater.stop()
+        await asyncio.gather(*(repeater.ended() for repeater in repeaters))
         await self._replace_sampler(None)
 
     async def _replace_sampler(self, sampler: Sampler | None) -> None:

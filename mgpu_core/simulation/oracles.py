@@ -644,8 +644,8 @@ def a_new_run(step: Step) -> Iterator[str]:
     if asked != set(state.consumers) or fx.SampleGpu() not in step.effects:
         yield f"a new run asks only {sorted(asked)} how they are"
     for name, consumer in state.config.consumers.items():
-        own_process = consumer.driver in {"process", "container"}
-        assumed = Residency.ABSENT if own_process else assumed_residency(consumer)
+        seen_by = {"process": Residency.ABSENT, "container": Residency.UNKNOWN}
+        assumed = seen_by.get(consumer.driver, assumed_residency(consumer))
         started = any(load.consumer == name for load in step.loads)
         if state.consumers[name].residency is not assumed and not started:
             yield f"{name} is {state.consumers[name].residency} at the start, not {assumed}"

@@ -557,7 +557,7 @@ class World:
         traits = self._traits.get(consumer.name) or Traits.drawn(self.chance)
         service = self.services[consumer.name] = Service(consumer, traits)
         self.lanes.setdefault(consumer.server, deque())
-        if consumer.driver in {"process", "container"}:
+        if consumer.driver == "process":
             service.up = False
         elif resident and (consumer.load_route or not consumer.unload_route):
             need = {gpu: service.target_mib(gpu) for gpu in consumer.vram_mib}

@@ -5,12 +5,20 @@ from collections.abc import Callable
 import aiohttp
 
 from mgpu_effects.calls import CallError, check_health
+from mgpu_effects.drivers.container import ContainerDriver
 from mgpu_effects.drivers.driver import Driver
 from mgpu_effects.drivers.process import ProcessDriver
 from mgpu_effects.drivers.systemd import SystemdDriver
 from mgpu_effects.settings import ConsumerSettings
 
-__all__ = ["Driver", "ProcessDriver", "SystemdDriver", "make_driver", "mark_of"]
+__all__ = [
+    "ContainerDriver",
+    "Driver",
+    "ProcessDriver",
+    "SystemdDriver",
+    "make_driver",
+    "mark_of",
+]
 
 _READY_TIMEOUT_S = 1.0
 
@@ -32,13 +40,15 @@ def make_driver(
             return False
         return True
 
-    process = consumer.driver.process if consumer.driver else None
-    systemd = consumer.driver.systemd if consumer.driver else None
-    if process is not None:
-        return ProcessDriver(consumer.name, process, answers, on_exit, mark=mark_of(consumer))
-    if systemd is not None:
-        return SystemdDriver(consumer.name, systemd.unit, answers, user=systemd.user)
-    return None
+    name, driver = consumer.name, consumer.driver
+    if driver is None:
+        return None
+    if driver.process is not None:
+        return ProcessDriver(name, driver.process, answers, on_exit, mark=mark_of(consumer))
+    if driver.systemd is not None:
+        return SystemdDriver(name, driver.systemd.unit, answers, user=driver.systemd.user)
+    assert driver.container is not None
+    return ContainerDriver(name, driver.container, answers)
 
 
 def mark_of(consumer: ConsumerSettings) -> str:

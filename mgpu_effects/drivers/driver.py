@@ -17,7 +17,13 @@ class Driver(Protocol):
         """Return when the server answers its health path. Running already: waits for that."""
 
     async def stop(self) -> str | None:
-        """Return when nothing of the server is left, which is so at once if it doesn't run."""
+        """Return when nothing of the server is left, which is so at once if it doesn't run.
+
+        It is asked to end first, and has its grace to do so.
+        """
+
+    async def kill(self) -> str | None:
+        """End all of it at once: for a `stop` that takes too long."""
 
     async def running(self) -> bool | None:
         """None: it can't be told."""
@@ -39,3 +45,16 @@ async def wait_until_ready(
             return None
         await asyncio.sleep(poll_s)
     return "not_ready"
+
+
+async def wait_until_gone(
+    running: Callable[[], Awaitable[bool | None]], wait_s: float, poll_s: float
+) -> str | None:
+    """Poll until it is known not to run; `still_running` after `wait_s`."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + wait_s
+    while await running() is not False:
+        if loop.time() >= deadline:
+            return "still_running"
+        await asyncio.sleep(poll_s)
+    return None

@@ -89,6 +89,14 @@ class ProcessDriver:
                 return "still_running"
             return "not_ours" if await self._answers() else None
 
+    async def kill(self) -> str | None:
+        async with self._lock:
+            group = self._group
+            if group is None:
+                return None if await end_leftovers(self._mark, KILLED_S) else "still_running"
+            await _kill(group)
+            return await self._end(group)
+
     async def close(self) -> None:
         async with self._lock:
             if self._group is not None:

@@ -3,7 +3,8 @@
 import logging
 
 from mgpu_effects.commands import Output, run_command
-from mgpu_effects.drivers.driver import Answers, wait_until_ready
+from mgpu_effects.drivers.driver import Answers, wait_until_gone, wait_until_ready
+from mgpu_effects.settings import KILLED_S
 
 _QUERY_TIMEOUT_S = 10.0
 _JOB_TIMEOUT_S = 120.0  # beyond what systemd itself waits for a start or a stop: 90 s
@@ -36,7 +37,8 @@ class SystemdDriver:
     """A unit of the system's manager, or with `user` of the user's own.
 
     Errors: `not_permitted` (docs: the polkit rule that permits it), `no_such_unit`, `no_systemd`,
-    `systemctl_missing`, `timeout`, `failed`; of `start` also `not_ready` and `unit_ended`.
+    `systemctl_missing`, `timeout`, `failed`; of `start` also `not_ready` and `unit_ended`, of
+    `kill` also `still_running`.
     The unit is systemd's to look after: it runs on when the broker ends.
     """
 
@@ -71,7 +73,14 @@ class SystemdDriver:
         return error
 
     async def stop(self) -> str | None:
+        """The unit says how it is asked to end, and what grace it has: `TimeoutStopSec`."""
         return await self._job("stop")
+
+    async def kill(self) -> str | None:
+        """SIGKILL to every process of the unit. A job to stop it is told already."""
+        if error := await self._job("kill", "--signal=SIGKILL"):
+            return error
+        return await wait_until_gone(self.running, KILLED_S, _POLL_S)
 
     async def close(self) -> None:
         """Nothing to end."""
@@ -79,18 +88,19 @@ class SystemdDriver:
     async def _why_ended(self) -> str | None:
         return "unit_ended" if await self.running() is False else None
 
-    async def _job(self, verb: str) -> str | None:
+    async def _job(self, verb: str, *options: str) -> str | None:
         try:
-            output = await self._run(verb, _JOB_TIMEOUT_S)
+            output = await self._run(verb, _JOB_TIMEOUT_S, *options)
+        except TimeoutError:  # one of OSError's kinds
+            return "timeout"
         except OSError:
             return "systemctl_missing"
-        except TimeoutError:
-            return "timeout"
         if output.returncode == 0:
             return None
         _log.error("%s: systemctl %s %s: %s", self._name, verb, self._unit, output.stderr.strip())
         said = output.stderr.lower()
         return next((code for words, code in _CODES if words in said), "failed")
 
-    async def _run(self, verb: str, timeout_s: float) -> Output:
-        return await run_command(*self._systemctl, verb, self._unit, timeout_s=timeout_s)
+    async def _run(self, verb: str, timeout_s: float, *options: str) -> Output:
+        command = (*self._systemctl, *options, verb, self._unit)
+        return await run_command(*command, timeout_s=timeout_s)

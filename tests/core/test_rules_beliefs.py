@@ -100,6 +100,48 @@ def test_who_left_the_configuration_ends_its_work_and_takes_no_more() -> None:
     assert core.request("r3", "b") == ["serve r3"]
 
 
+# ------------------------------------------------------------------ who can be started
+
+
+def test_a_process_does_not_run_yet_and_a_container_may() -> None:
+    core = Core(Consumer(name="p", driver="process"), Consumer(name="c", driver="container"))
+    assert (core.residency("p"), core.residency("c")) == ("absent", "unknown")
+    core.send(ev.Started, run="run-2")
+    assert (core.residency("p"), core.residency("c")) == ("absent", "unknown")
+
+
+def test_before_its_first_probe_a_container_is_started_though_it_may_run() -> None:
+    core = Core(Consumer(name="c", driver="container", vram_mib={0: 8_000}), gpus=CARD_16)
+    assert core.request("r1", "c") == ["load c"]
+    assert core.loaded("c") == ["serve r1"]
+
+
+def test_before_its_first_probe_a_container_may_hold_its_memory() -> None:
+    container = Consumer(name="c", driver="container", vram_mib={0: 12_000})
+    core = Core(container, service("a", 12_000), gpus=CARD_16, absent=["a"])
+    assert core.request("r1", "a") == ["unload c by driver"]
+    assert core.unloaded("c") == ["load a"]
+    assert core.residency("c") == "absent"
+
+
+@pytest.mark.parametrize(
+    ("routes", "seen", "told"),
+    [
+        ({}, {"resident": True}, "resident"),
+        ({}, {"failure": "refused"}, "absent"),
+        ({"load_route": True, "unload_route": True}, {}, "resident"),
+        ({"unload_route": True}, {}, "absent"),
+    ],
+)
+def test_the_first_probe_tells_what_a_container_holds(
+    routes: dict[str, bool], seen: dict[str, Any], told: str
+) -> None:
+    core = Core(Consumer(name="c", driver="container", vram_mib={0: 12_000}, **routes))
+    core.wait(1)
+    core.probe("c", **seen)
+    assert core.residency("c") == told
+
+
 # ------------------------------------------------------------------ probes
 
 

@@ -1,13 +1,16 @@
 """Orders to the services: in turn for one server, and only to those who are there."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
 from attrs import evolve
 
 from mgpu_effects.calls import control_session
+from mgpu_effects.gpu_processes import Holders
 from mgpu_effects.services import Services
 from mgpu_effects.settings import (
     ConsumerSettings,
@@ -18,7 +21,10 @@ from mgpu_effects.settings import (
     Step,
 )
 from tests.support.brokers import logged, over, paths, running, settings_of, submit, told
+from tests.support.dev_http import free_port
 from tests.support.upstream import Upstream, eventually
+
+STUBBORN = Path(__file__).parent.parent / "support" / "dev_service.py"
 
 
 @pytest.fixture
@@ -27,9 +33,17 @@ async def session() -> AsyncIterator[ClientSession]:
         yield session
 
 
-def services(session: ClientSession, consumer: ConsumerSettings) -> Services:
+async def nobody_asks() -> Holders:
+    raise AssertionError("its residency is not read from its processes")
+
+
+def services(
+    session: ClientSession, consumer: ConsumerSettings, limits: SchedulerSettings | None = None
+) -> Services:
     made = Services(session, on_exit=lambda _name: None)
-    settings = Settings(consumers={consumer.name: consumer}, scheduler=SchedulerSettings())
+    settings = Settings(
+        consumers={consumer.name: consumer}, scheduler=limits or SchedulerSettings()
+    )
     made.configure(settings)
     return made
 
@@ -68,6 +82,21 @@ async def test_a_process_that_does_not_run_holds_nothing_to_unload(session):
 
     assert await made.unload("a", "routes") is None
     assert await made.load("a") == "not_found"
+
+
+async def test_a_process_that_takes_all_its_time_to_stop_is_killed(session):
+    port = free_port()
+    command = (sys.executable, str(STUBBORN), "--port", str(port), "--ignore-terms", "9")
+    process = ProcessSettings(command=command, grace_s=60, ready_s=20)
+    consumer = ConsumerSettings(
+        name="a", url=f"http://127.0.0.1:{port}", driver=DriverSettings(process=process)
+    )
+    made = services(session, consumer, SchedulerSettings(unload_timeout_s=4))
+
+    assert await made.load("a") is None
+    assert await made.unload("a", "driver") is None
+    facts = await made.probe("a", 1, nobody_asks)
+    assert facts["a"].error == "refused"
 
 
 async def test_a_stranger_at_the_address_of_a_process_of_ours_is_not_believed(

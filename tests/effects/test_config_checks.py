@@ -99,6 +99,17 @@ CONSUMERS = [
         "driver.process.grace_s",
         "56 s and 5 s for SIGKILL are more than scheduler.unload_timeout_s, 60 s",
     ),
+    (
+        "driver: {container: {name: x, ready_s: 301}}",
+        "driver.container.ready_s",
+        "301 s, but scheduler.load_timeout_s ends it after 300 s",
+    ),
+    (
+        "driver: {container: {name: x, grace_s: 56}}",
+        "driver.container.grace_s",
+        "56 s and 5 s for SIGKILL are more than scheduler.unload_timeout_s, 60 s",
+    ),
+    ("systemd_unit: a, driver: {container: {name: a}}", "systemd_unit", "another way"),
     ("preload: true", "preload", "nothing can load it"),
     ("preload: true, unload: {path: /u}", "preload", "nothing can load it"),
     ("idle_unload_s: 9", "idle_unload_s", "nothing can unload it"),
@@ -180,6 +191,15 @@ def test_a_unit_belongs_to_one_consumer(tmp_path):
     ]
 
 
+def test_a_container_belongs_to_one_consumer(tmp_path):
+    same = "driver: {container: {name: a}}"
+    found = _errors(tmp_path, _text("", same, same))
+    text = "a is the container of voice too: stopping one would stop both"
+    assert found == [("consumers.pictures.driver", text)]
+    other = "driver: {container: {name: a, engine: podman}}"
+    assert _errors(tmp_path, _text("", same, other)) == []
+
+
 @pytest.mark.parametrize(
     ("top", "keys"),
     [
@@ -196,6 +216,8 @@ def test_a_unit_belongs_to_one_consumer(tmp_path):
         ("", "preload: true, idle_unload_s: 9, systemd_unit: a"),
         ("", "preload: true, idle_unload_s: 9, load: {path: /l}, unload: {path: /u}"),
         ("", "driver: {process: {command: x, ready_s: 300, grace_s: 55}}"),
+        ("", "driver: {container: {name: x, ready_s: 300, grace_s: 55}}"),
+        ("scheduler: {unload_timeout_s: 4}", "driver: {container: {name: x}}"),
         ("scheduler: {load_timeout_s: 9, unload_timeout_s: 9}", "load: {path: /l}"),
         ("scheduler: {load_timeout_s: 9}", "driver: {process: {command: x}}"),
         ("routing: {tts: voice}\naudio_proxy: pictures", "can_coexist_with: [pictures]"),

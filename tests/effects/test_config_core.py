@@ -83,6 +83,7 @@ def test_who_can_load_and_unload_is_told_without_saying_how(tmp_path):
     routes = _consumer(tmp_path, "load: {path: /l}, unload: [{path: /u}, {path: /v}]")
     assert (routes.load_route, routes.unload_route, routes.driver) == (True, True, "none")
     assert _consumer(tmp_path, "systemd_unit: a.service").driver == "systemd"
+    assert _consumer(tmp_path, "driver: {container: {name: a}}").driver == "container"
     assert _consumer(tmp_path, "driver: {process: {command: x}}").driver == "process"
 
 

@@ -5,6 +5,7 @@ from aiohttp import web
 
 from mgpu_effects import probes
 from mgpu_effects.calls import control_session
+from mgpu_effects.clock import Clock
 from mgpu_effects.gpu_processes import Holders, Holding
 from mgpu_effects.probes import ProbeFacts
 from mgpu_effects.settings import (
@@ -12,11 +13,14 @@ from mgpu_effects.settings import (
     ConsumerSettings,
     DriverSettings,
     Endpoint,
+    GpuSettings,
     ProcessSettings,
     ResidencySettings,
+    Settings,
     Step,
     SystemdSettings,
 )
+from mgpu_effects.watch import Watch
 from tests.support.dev_http import free_port, serving, serving_raw
 
 
@@ -305,3 +309,31 @@ async def test_a_reading_of_the_processes_has_the_same_time_limit(session):
     async with serving(ok) as url, asyncio.timeout(10):
         facts = await probe(session, consumer(url, residency="nvml"), 0.5, read_holders=read)
     assert facts == ProbeFacts(healthy=True, error="residency: timeout")
+
+
+async def test_a_watch_is_closed_when_the_probe_under_way_has_ended():
+    """A command of a driver that was cut off has to be killed and reaped first."""
+    begun, reaped = asyncio.Event(), asyncio.Event()
+
+    class Slow:
+        def owners(self) -> tuple[()]:
+            return ()
+
+        def server_of(self, name: str) -> str:
+            return name
+
+        async def probe(self, *_args: object) -> dict[str, ProbeFacts]:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0.1)
+                reaped.set()
+
+    watch = Watch(Slow(), Clock(), lambda _event: None)
+    await watch.configure(Settings(gpus=(GpuSettings(sampler="none"),)))
+    watch.follow(["a"])
+    watch.probe("a")
+    await begun.wait()
+    await watch.close()
+    assert reaped.is_set()

@@ -10,12 +10,19 @@ from aiohttp import web
 from mgpu_effects.calls import control_session
 from mgpu_effects.drivers import make_driver
 from mgpu_effects.drivers.systemd import SystemdDriver
-from mgpu_effects.settings import ConsumerSettings, DriverSettings, SystemdSettings
+from mgpu_effects.services import Services
+from mgpu_effects.settings import (
+    ConsumerSettings,
+    DriverSettings,
+    SchedulerSettings,
+    Settings,
+    SystemdSettings,
+)
 from tests.support.dev_http import serving
 
 # Says and returns what systemd 252's does. The unit's state is a file beside it.
 SYSTEMCTL = """#!{python}
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 here = Path(__file__).parent
 with (here / "calls").open("a") as calls:
@@ -23,6 +30,8 @@ with (here / "calls").open("a") as calls:
 words = [word for word in sys.argv[1:] if not word.startswith("--")]
 verb, unit = words
 state, refusal = here / unit, here / "refusal"
+if (here / "hangs").exists() and verb == (here / "hangs").read_text():
+    time.sleep(600)
 if refusal.exists() and verb != "is-active":
     code, _, words = refusal.read_text().partition(" ")
     sys.stderr.write(words.format(verb=verb, unit=unit))
@@ -55,6 +64,9 @@ class Systemctl:
 
     def refuses(self, code: int, words: str) -> None:
         (self._folder / "refusal").write_text(f"{code} {words}")
+
+    def hangs_at(self, verb: str) -> None:
+        (self._folder / "hangs").write_text(verb)
 
     def ends_units_as(self, state: str) -> None:
         (self._folder / "ends-as").write_text(state)
@@ -148,6 +160,31 @@ async def test_a_host_without_systemctl(monkeypatch, tmp_path):
     assert await driver.start() == "systemctl_missing"
     assert await driver.stop() == "systemctl_missing"
     assert await driver.running() is None
+
+
+async def test_a_unit_that_takes_too_long_to_stop_is_killed(systemctl):
+    """As the stop itself may take as long as the unit says, it is an unload's limit that counts."""
+    systemctl.has("voice.service", "active")
+    systemctl.hangs_at("stop")
+    unit = DriverSettings(systemd=SystemdSettings(unit="voice.service"))
+    consumer = ConsumerSettings(name="voice", url="http://127.0.0.1:9", driver=unit)
+    limits = SchedulerSettings(unload_timeout_s=4)
+    settings = Settings(consumers={"voice": consumer}, scheduler=limits)
+    async with control_session() as session:
+        services = Services(session, on_exit=lambda _name: None)
+        services.configure(settings)
+        assert await services.unload("voice", "driver") is None
+    assert ["--no-ask-password", "--signal=SIGKILL", "kill", "voice.service"] in [
+        words for words, _ in systemctl.calls
+    ]
+    assert systemctl.state("voice.service") == "inactive"
+
+
+async def test_a_systemctl_that_hangs_is_not_a_missing_one(systemctl, monkeypatch):
+    monkeypatch.setattr("mgpu_effects.drivers.systemd._JOB_TIMEOUT_S", 0.5)
+    systemctl.has("voice.service", "active")
+    systemctl.hangs_at("stop")
+    assert await SystemdDriver("voice", "voice.service", answers).stop() == "timeout"
 
 
 async def test_a_unit_that_ends_before_it_answers(systemctl):

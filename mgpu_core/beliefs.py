@@ -71,7 +71,8 @@ def _see(d: Draft, name: str, *, resident: bool, source: Source) -> None:
         return
     else:
         d.move(name, Cause.SEEN_ABSENT, source)
-        d.give_up_promise(name)
+        if source is Source.PROBE:  # nobody has seen it empty that is only taken for it
+            d.give_up_promise(name)
 
 
 def _failed(d: Draft, event: ProbeResult, state: ConsumerState) -> None:

@@ -216,11 +216,18 @@ def _keeps_some(d: Draft, name: str) -> bool:
     state = d.consumers[name]
     since = max(state.moved, state.idle_since or 0)
     return (
-        _may_hold_some(d, name)
+        (_may_hold_some(d, name) or _is_in_for_good(d, name))
         and since <= d.at - d.config.settle_timeout_us
         and may_be_evicted(d, name)
         and not any(at_work(d, one) for one in (name, *stops_with(d, name)))
     )
+
+
+def _is_in_for_good(d: Draft, name: str) -> bool:
+    """Nobody is unloaded who gave nothing the last time. But that may have had a passing reason."""
+    state = d.consumers[name]
+    leaky = state.leaky_mib is not None and d.consumer(name).driver == "none"
+    return leaky and state.residency is Residency.RESIDENT and name not in d.swaps
 
 
 def _working(d: Draft, name: str) -> tuple[str, ...]:

@@ -192,10 +192,10 @@ class Run:
         since, self._war_steps = world.now, len(self.log)
         world.make_peace()
         steps = 0
-        for event, transition, violations in self.live(since + PEACE_US):
+        for _, transition, violations in self.live(since + PEACE_US):
             if violations:
                 return violations[0]
-            if text := self._by_time_out(event, transition, since):
+            if text := self._by_time_out(transition, since):
                 return Violation("P1", text)
             steps += 1
             if not transition.state.requests and not world.open_commands and not world.down:
@@ -206,16 +206,20 @@ class Run:
             return None
         return Violation("P1", f"after {steps} calm steps there waits {pending(world.state)}")
 
-    def _by_time_out(self, event: ev.Event, transition: Transition, since: int) -> str | None:
+    def _by_time_out(self, transition: Transition, since: int) -> str | None:
         """In a fair setting, nothing but a request's own deadline may end a wait."""
         if not self.setting.fair:
             return None
         if text := timed_out(self.witness.judge, transition):
             return text
+        before = self.witness.judge.last.before.consumers
         for note in transition.notes:
             ended = note.type in {"LoadFailed", "UnloadFailed"}
-            late = event.at > since + 5 * SECOND_US
-            if ended and late and note.details.get("error") == "timeout":
+            if not ended or note.details.get("error") != "timeout" or note.consumer is None:
+                continue
+            operation = before[note.consumer].operation
+            # One from the war may have had to wait behind others of its server.
+            if operation is not None and operation.since > since:
                 return f"an operation of {note.consumer} had to time out"
         return None
 

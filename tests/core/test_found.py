@@ -295,3 +295,35 @@ def test_who_may_have_been_in_use_before_a_restart_is_told_to_unload_where_it_is
     assert core.wait(10) + core.sample(free=4_000) == ["unload a"]
     core.unloaded("a")
     assert core.sample(free=15_000) == ["load b"]
+
+
+def test_a_leaky_service_is_told_once_more_where_nobody_else_can_make_room() -> None:
+    """It was only taken for loaded when its unload gave nothing; since then it really is."""
+    core = Core(service("a", 11_000), service("b", 8_000), gpus=CARD, absent=["b"])
+    core.sample(free=4_000)
+    core.request("r1", "b")
+    core.unloaded("a")
+    for _ in range(4):
+        core.wait(3)
+        core.sample(free=4_000)
+    core.probe("a")
+    core.probe("a", resident=True)
+    assert core.state.consumers["a"].leaky_mib == 0
+    assert core.wait(9) + core.sample(free=4_000) == []
+    assert core.wait(2) + core.sample(free=4_000) == ["unload a"]
+    core.unloaded("a")
+    assert core.sample(free=15_000) == ["load b"]
+
+
+def test_who_is_back_and_tells_nothing_has_not_shown_that_it_holds_nothing() -> None:
+    """The load that force broke off may have taken memory that no reading shows yet."""
+    a = lazy("a", 8_000, driver="systemd")
+    core = Core(a, service("b", 11_000), gpus=CARD, absent=["b"])
+    core.probe("a", failure="refused")
+    core.sample(free=15_000)
+    assert core.request("r1", "a") == ["load a"]
+    core.unload("a", force=True)
+    assert core.request("r2", "b") == []
+    assert core.unloaded("a") == []
+    assert core.probe("a") == []
+    assert core.sample(free=15_000) == ["load b"]

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
 import aiohttp
-from attrs import frozen
+from attrs import evolve, frozen
 
 from mgpu_core.events import ProbeFailure
 from mgpu_effects.calls import CallError, check_health
@@ -62,6 +62,15 @@ async def probe(
     )
     answers = {**answers, **more}
     return {unit.name: await _healthy(unit, driver, answers, holders) for unit in units}
+
+
+async def is_resident(
+    session: aiohttp.ClientSession, unit: ConsumerSettings, timeout_s: float
+) -> bool | None:
+    """Ask only whether it is loaded, of a unit whose service tells; None: it can't be told."""
+    until = asyncio.get_running_loop().time() + timeout_s
+    asked = evolve(unit, busy=None)
+    return tell(asked, await _ask_all(session, asked, paths_of(asked), until)).resident
 
 
 async def _unhealthy(unit: ConsumerSettings, driver: Driver | None, code: str) -> ProbeFacts:

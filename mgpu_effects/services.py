@@ -13,10 +13,20 @@ from mgpu_effects.drivers import Driver, make_driver
 from mgpu_effects.following import JobId, follow
 from mgpu_effects.gpu_processes import Owner, owner_of
 from mgpu_effects.jobs import Job
-from mgpu_effects.probes import ProbeFacts, ReadHolders, probe
-from mgpu_effects.settings import KILLED_S, ConsumerSettings, SchedulerSettings, Settings
+from mgpu_effects.probes import ProbeFacts, ReadHolders, is_resident, probe
+from mgpu_effects.settings import (
+    KILLED_S,
+    ConsumerSettings,
+    ResidencySettings,
+    SchedulerSettings,
+    Settings,
+)
 from mgpu_effects.steps import run_steps
 from mgpu_effects.units import units
+
+# Between two questions whether a load or unload is done; and how long there may be no answer.
+ASK_AGAIN_S = 0.2
+UNTOLD_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +89,10 @@ class Services:
                         error = await driver.start()
                         if error is not None:
                             return error
-                    return await run_steps(self._session, consumer, consumer.load)
+                    error = await run_steps(self._session, consumer, consumer.load)
+                    if error is None and consumer.load:
+                        await self._until(consumer, resident=True)
+                    return error
             except TimeoutError:
                 return "timeout"
 
@@ -94,9 +107,28 @@ class Services:
                         return await self._stop(driver)
                     if driver and await driver.running() is False:
                         return None  # nobody is there to be called, and nothing is held
-                    return await run_steps(self._session, consumer, consumer.unload)
+                    error = await run_steps(self._session, consumer, consumer.unload)
+                    if error is None:
+                        await self._until(consumer, resident=False)
+                    return error
             except TimeoutError:
                 return "timeout"
+
+    async def _until(self, consumer: ConsumerSettings, *, resident: bool) -> None:
+        """Wait until the service says so itself, where it tells: many answer before they act.
+
+        The caller limits it. Who can't tell for so long is taken at its first word.
+        """
+        if not isinstance(consumer.residency, ResidencySettings):
+            return
+        loop = asyncio.get_running_loop()
+        until = loop.time() + UNTOLD_S
+        while (told := await is_resident(self._session, consumer, UNTOLD_S)) is not resident:
+            if told is not None:
+                until = loop.time() + UNTOLD_S
+            elif loop.time() >= until:
+                return
+            await asyncio.sleep(ASK_AGAIN_S)
 
     async def _stop(self, driver: Driver) -> str | None:
         """Stop it, and kill what is still there while there is time to see that work."""

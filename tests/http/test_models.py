@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from tests.support.facade import Address
 from tests.support.gpu_host import at_rest, counts, gpu_host, ready
 
 MIB = {"small": 4_000, "middle": 7_000, "large": 12_000}
@@ -150,3 +151,53 @@ async def test_one_model_is_steered_by_its_name(host):
         assert "?model=ID, one of router/small" in refused.json()["message"]
         refused = await broker.ask("POST", f"{at}/unload?model=huge")
         assert (refused.status, refused.error) == (404, "no_consumer")
+
+
+OWN_LOADS = {
+    "load": {"path": "/models/load", "body": {"model": "{model}"}},
+    "residency": {
+        "path": "/models",
+        "resident": "data[?id == {model} && status.value == 'loaded']",
+    },
+}
+
+
+async def test_a_load_is_over_when_the_service_says_that_it_is(tmp_path):
+    """It answers a load before it is done: work that came then would be refused with a 500."""
+    with gpu_host(tmp_path, total_mib=16_000) as host:
+        host.start_router("router", mib=MIB, load_s=1)
+        with host.serve(consumers=consumers(**OWN_LOADS), routing=ROUTING) as broker:
+            await ready(broker)
+            for model in ("small", "large", "small"):
+                answer = await broker.ask("POST", "/v1/llm", body=asks(model))
+                assert answer.status == 200, answer.body
+            await at_rest(broker)
+
+
+async def test_what_works_is_drained_before_it_is_unloaded(tmp_path):
+    """Unloaded at work, the service cuts its stream, and calls it loaded for a long time still."""
+    with gpu_host(tmp_path, total_mib=16_000) as host:
+        host.start_router("router", mib=MIB)
+        with host.serve(consumers=consumers(**OWN_LOADS), routing=ROUTING) as broker:
+            await ready(broker)
+            stream = broker.ask(
+                "POST", "/v1/llm", "X-Upstream: do=stream chunks=5 gap=0.2", body=asks("middle")
+            )
+            streamed = asyncio.create_task(stream)
+            await broker.until("at work", lambda s: s["consumers"]["router/middle"]["active"])
+            answer = await broker.ask("POST", "/v1/llm", body=asks("large"))
+            assert answer.status == 200
+            assert (await streamed).body.count(b"data: ") == 5
+
+
+async def test_a_model_that_was_unloaded_past_the_broker_is_loaded_again(tmp_path):
+    with gpu_host(tmp_path, total_mib=16_000) as host:
+        router = host.start_router("router", mib=MIB)
+        with host.serve(consumers=consumers(**OWN_LOADS), routing=ROUTING) as broker:
+            await ready(broker)
+            await broker.ask("POST", "/v1/llm", body=asks("small"))
+            await Address(router.port).ask(
+                "POST", "/models/unload", "Content-Type: application/json", body=asks("small")
+            )
+            await broker.until("out", lambda s: not s["consumers"]["router/small"]["loaded"])
+            assert (await broker.ask("POST", "/v1/llm", body=asks("small"))).status == 200

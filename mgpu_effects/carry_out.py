@@ -5,19 +5,21 @@ exactly one completion, and every job exactly one answer.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 from aiohttp import ClientSession
+from attrs import evolve
 
 from mgpu_core import effects as fx
 from mgpu_core.events import Event, Outcome, ServeDone, SwapDone, Tick, UnloadDone
 from mgpu_effects.clock import Clock
 from mgpu_effects.errors import SHUTTING_DOWN, BrokerError, of_reject
-from mgpu_effects.following import find_job
-from mgpu_effects.jobs import AnswerCopy, Job
+from mgpu_effects.following import JobId, find_job
+from mgpu_effects.jobs import AnswerCopy, Job, Kept, NoBody
 from mgpu_effects.proxy import serve
 from mgpu_effects.services import Services
 from mgpu_effects.settings import ConsumerSettings
@@ -28,6 +30,14 @@ T = TypeVar("T")
 
 # How long a client may take to read a short answer of ours.
 ANSWER_S = 10
+
+# What a client that waits is told of a job that made nothing for it.
+UNDONE: Mapping[Outcome, tuple[str, str]] = {
+    "ok": ("upstream_disconnected", "did its job, and does not say where the result is"),
+    "upstream_error": ("upstream_disconnected", "could not do its job; its own history says why"),
+    "timeout": ("upstream_timeout", "did not finish its job in time"),
+    "disconnected": ("cancelled", "gave its job up: it was cancelled"),
+}
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +125,8 @@ class Executor:
         drained = job.gone.is_set() and (job.copy is not None or not job.revoked.is_set())
         if drained or job.done.is_set():
             return
-        if job.copy is not None and self._services[job.consumer].on_client_gone == "drain":
+        keeps_on = job.waits or self._services[job.consumer].on_client_gone != "close"
+        if job.copy is not None and keeps_on:
             self._supervise(self._let_go(job, error), lambda _task: None)
         else:
             self._end(request, error)
@@ -185,20 +196,59 @@ class Executor:
 
     async def _work(self, job: Job, consumer: ConsumerSettings) -> Outcome:
         """Serve the client, then follow the job that its request became at the service."""
+        kept = Kept() if job.waits and consumer.job is not None else None
         try:
-            outcome = await self._proxy(job, consumer)
+            outcome = await self._proxy(evolve(job, responder=kept) if kept else job, consumer)
         except asyncio.CancelledError:
             # Its end is our doing, and this task's last work is to say so.
             await self._answer(job, self._ending[job.request])
             return "disconnected"
         identity = find_job(job, consumer)
         if identity is None:
+            if kept is not None:
+                await self._send(job, kept.pass_on(job.responder))
             return outcome
-        self._release(job)
+        if kept is None:
+            self._release(job)
+        try:
+            outcome = await self._follow(job, consumer, identity)
+            if kept is not None and not job.gone.is_set():
+                await self._give_result(job, consumer, identity, outcome)
+        except asyncio.CancelledError:
+            await self._answer(job, self._ending[job.request])
+            return "disconnected"  # the broker ends, the service works on
+        return outcome
+
+    async def _follow(self, job: Job, consumer: ConsumerSettings, identity: JobId) -> Outcome:
+        """Wait until the job is over; where that is asked for, it ends with its client."""
+        if consumer.on_client_gone == "job":
+            job.gone.call = job.revoked.set
+            if job.gone.is_set():
+                job.revoked.set()
         try:
             return await self._services.follow(consumer, job, identity)
-        except asyncio.CancelledError:
-            return "disconnected"  # the broker ends, the service works on
+        finally:
+            job.gone.call = None
+
+    async def _give_result(
+        self, job: Job, consumer: ConsumerSettings, identity: JobId, outcome: Outcome
+    ) -> None:
+        """Give a client that has waited what its job has made, or say why there is nothing."""
+        path = None
+        if outcome == "ok":
+            path = await self._services.result_path(consumer, identity)
+        if path is None:
+            code, what = UNDONE[outcome]
+            await self._answer(job, _error(code, f"{consumer.name} {what}", consumer.name))
+            return
+        result = evolve(job, method="GET", path=path, headers=(), body=NoBody(), copy=None)
+        await self._proxy(result, consumer)
+
+    async def _send(self, job: Job, sending: Coroutine[Any, Any, None]) -> None:
+        """Let the client take a short answer, unless it has gone."""
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(ANSWER_S):
+                await sending
 
     async def _proxy(self, job: Job, consumer: ConsumerSettings) -> Outcome:
         if job.gone.is_set():

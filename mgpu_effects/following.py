@@ -17,7 +17,7 @@ from mgpu_core.events import Outcome
 from mgpu_effects.calls import CallError
 from mgpu_effects.expressions import ExpressionError, holds, value_of
 from mgpu_effects.jobs import Job
-from mgpu_effects.settings import ConsumerSettings, JobSettings, Question
+from mgpu_effects.settings import ConsumerSettings, JobSettings, Question, Step
 from mgpu_effects.steps import json_of, run_steps, with_value
 
 JobId: TypeAlias = str | int | float
@@ -51,6 +51,38 @@ async def follow(
     """
     assert consumer.job is not None, "where there is nothing to ask there is no id either"
     return await _Following(session, consumer, consumer.job, job, identity).run()
+
+
+async def result_path(
+    session: ClientSession, consumer: ConsumerSettings, identity: JobId
+) -> str | None:
+    """Give the path of what the job has made; None where the service does not say."""
+    result = consumer.job.result if consumer.job else None
+    if result is None:
+        return None
+    asked = with_value(Step(path=result.ask, method="GET"), "id", text_of(identity))
+    place = with_value(Step(path=result.path, method="GET"), "id", text_of(identity))
+    try:
+        answer = await json_of(session, consumer, asked)
+        values = {
+            name: value_of(expression, answer, {"id": identity})
+            for name, expression in result.values.items()
+        }
+    except (CallError, ExpressionError) as error:
+        _log.warning("%s does not say where the result of its job is (%s)", consumer.name, error)
+        return None
+    for name, value in values.items():
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            _log.warning("%s says no %s of the result of its job", consumer.name, name)
+            return None
+        place = with_value(place, name, text_of(value))
+    return place.path
+
+
+def text_of(identity: JobId) -> str:
+    if not isinstance(identity, str):
+        return json.dumps(identity)
+    return identity.encode(errors="replace").decode()
 
 
 @define
@@ -103,7 +135,7 @@ class _Following:
 
     async def _ask(self, question: Question) -> bool | None:
         """Give the answer, None where there is none; raises CallError if nobody is there."""
-        step = with_value(question, "id", self._text())
+        step = with_value(question, "id", text_of(self.identity))
         try:
             answer = await json_of(self.session, self.consumer, step)
             return holds(question.when, answer, {"id": self.identity})
@@ -117,15 +149,10 @@ class _Following:
         return None
 
     async def _cancel(self) -> None:
-        steps = [with_value(step, "id", self._text()) for step in self.settings.cancel]
+        steps = [with_value(step, "id", text_of(self.identity)) for step in self.settings.cancel]
         error = await run_steps(self.session, self.consumer, steps)
         if error is not None:
             self._warn(f"could not be cancelled ({error})")
-
-    def _text(self) -> str:
-        if not isinstance(self.identity, str):
-            return json.dumps(self.identity)
-        return self.identity.encode(errors="replace").decode()
 
     def _warn(self, what: str) -> None:
         """Say it once: the next round would say it again."""

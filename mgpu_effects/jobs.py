@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from mgpu_effects.errors import BrokerError
 
@@ -26,6 +26,17 @@ class Body(Protocol):
 
     def close(self) -> None:
         """Let go of the memory or the file."""
+
+
+@frozen
+class NoBody:
+    size: int = 0
+
+    def content(self) -> bytes:
+        return b""
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
 
 
 class Responder(Protocol):
@@ -76,6 +87,43 @@ class AnswerCopy:
 
 
 @define(kw_only=True, eq=False)
+class Kept:
+    """An answer that its client may never see: it is kept until that is known."""
+
+    status: int = 0
+    headers: Headers = ()
+    body: bytearray = field(factory=bytearray)
+    error: BrokerError | None = None
+    whole: bool = False
+
+    async def start(self, status: int, headers: Headers) -> None:
+        self.status, self.headers = status, headers
+
+    async def write(self, chunk: bytes) -> None:
+        if len(self.body) + len(chunk) > MAX_COPY_BYTES:
+            raise OSError("too long to be kept")
+        self.body += chunk
+
+    async def finish(self) -> None:
+        self.whole = True
+
+    async def fail(self, error: BrokerError) -> None:
+        self.error = error
+
+    def cut(self) -> None:
+        """It takes whatever comes."""
+
+    async def pass_on(self, responder: Responder) -> None:
+        """Let the client see it after all."""
+        if self.error is not None:
+            await responder.fail(self.error)
+            return
+        await responder.start(self.status, self.headers)
+        await responder.write(bytes(self.body))
+        await responder.finish()
+
+
+@define(kw_only=True, eq=False)
 class Job:
     """One request of one client, from its whole body to the end of its work.
 
@@ -103,4 +151,5 @@ class Job:
     granted: int | None = None
     loading_us: int = 0  # how much of the wait was spent in a swap of its consumer
     copy: AnswerCopy | None = None  # to be made where the work may go on after the answer
+    waits: bool = False  # its client wants the finished work, not the news that it was taken
     decided: bool = False  # it is being served or refused: nothing else will answer its client

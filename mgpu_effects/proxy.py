@@ -97,8 +97,8 @@ def open_session() -> ClientSession:
 async def serve(job: Job, session: ClientSession, consumer: ConsumerSettings) -> Outcome:
     """Proxy the job and answer its client, with an error of ours where the service gave nothing.
 
-    Returns when the service's work is over, which with `on_client_gone: drain` may be long after
-    the client left. Cancelled, it closes the call and leaves the client to the caller.
+    Returns when the service's work is over, which may be long after the client left, unless
+    `on_client_gone` is `close`. Cancelled, it closes the call and leaves the client to the caller.
     """
     return await _Exchange(job, session, consumer).run()
 
@@ -190,8 +190,8 @@ class _Exchange:
             self.job.responder.cut()
 
     def _leave(self, whole: asyncio.Timeout) -> None:
-        """The client has gone: end the call, or with `drain` only what is being sent."""
-        drained = self.consumer.on_client_gone == "drain"
+        """The client has gone: end the call, or only what is being sent."""
+        drained = self.consumer.on_client_gone != "close"
         scope = self.sending if drained else whole
         if scope is not None and not scope.expired():
             scope.reschedule(0)

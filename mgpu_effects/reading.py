@@ -20,7 +20,6 @@ from mgpu_effects.shapes import (
     Constraint,
     Explaining,
     Hint,
-    Later,
     OneOrMany,
     ShellWords,
     Word,
@@ -169,9 +168,6 @@ class Reader:
                 return value if value is INVALID else (value,)
             if isinstance(extra, Word) and scalar == extra.word:
                 return extra.value
-            if isinstance(extra, Later) and scalar in extra.words:
-                self.note(path, f"{scalar} is not supported by this version")
-                return INVALID
             if isinstance(extra, ShellWords) and isinstance(scalar, str):
                 return self._shell_words(node.value, path)
         return None

@@ -10,7 +10,7 @@ from aiohttp import ClientSession
 from mgpu_core.effects import How
 from mgpu_core.events import Outcome
 from mgpu_effects.drivers import Driver, make_driver
-from mgpu_effects.following import JobId, follow
+from mgpu_effects.following import JobId, follow, result_path
 from mgpu_effects.gpu_processes import Owner, owner_of
 from mgpu_effects.jobs import Job
 from mgpu_effects.probes import ProbeFacts, ReadHolders, is_resident, probe
@@ -162,6 +162,9 @@ class Services:
     async def follow(self, consumer: ConsumerSettings, job: Job, identity: JobId) -> Outcome:
         """Wait until a job is over; by the settings that its request was served with."""
         return await follow(self._session, consumer, job, identity)
+
+    async def result_path(self, consumer: ConsumerSettings, identity: JobId) -> str | None:
+        return await result_path(self._session, consumer, identity)
 
     async def close(self) -> None:
         """End every process that nobody else looks after."""

@@ -14,7 +14,6 @@ from mgpu_effects.shapes import (
     UNWRITTEN,
     Between,
     ExactlyOneKey,
-    Later,
     NotEmpty,
     OneOf,
     OneOrMany,
@@ -108,6 +107,20 @@ class Question(Step):
 
 
 @frozen(kw_only=True)
+class ResultSettings:
+    """Where the finished work of a job is, for a client that waits for it."""
+
+    ask: UrlPath = field(
+        metadata=doc("path that tells where it is; {id} stands for the job's id, here as in path")
+    )
+    values: Mapping[Name, Expression] = field(
+        factory=dict,
+        metadata=doc("JMESPath, in the JSON that this answers, of what path has in braces by name"),
+    )
+    path: UrlPath = field(metadata=doc("path that gives it"))
+
+
+@frozen(kw_only=True)
 class JobSettings:
     """For a service that takes a job and answers at once: its work ends when the job is over."""
 
@@ -127,6 +140,10 @@ class JobSettings:
             "how to end the job, when an operator or the time-out does; {id} in a path or in a text"
             " of a body stands for the job's id, here as in the questions"
         ),
+    )
+    result: ResultSettings | None = field(
+        default=None,
+        metadata=doc("where the finished work is: POST /v1/KIND?wait=1 answers with that"),
     )
     poll_s: Seconds = field(default=1, metadata=doc("between two rounds of questions"))
     timeout_s: Seconds = field(
@@ -383,11 +400,12 @@ class ConsumerSettings:
     idle_unload_s: Seconds | None = field(
         default=None, metadata=doc("unloaded after so long without work; null: never")
     )
-    on_client_gone: Annotated[Literal["close", "drain"], Later(("job",))] = field(
+    on_client_gone: Literal["close", "drain", "job"] = field(
         default="close",
         metadata=doc(
             "close: closing the call ends the work; drain: the service works on, so the answer is"
-            " read to its end and thrown away before the next request"
+            " read to its end and thrown away before the next request; job: the same, and then"
+            " its job is cancelled"
         ),
     )
     job: JobSettings | None = field(

@@ -167,13 +167,6 @@ class Word:
 Form: TypeAlias = OneOrMany | ShellWords | Word
 
 
-@frozen
-class Later:
-    """Words of the contract that this version does not know yet."""
-
-    words: tuple[str, ...]
-
-
 # ------------------------------------------------------------------------- what a hint consists of
 
 

@@ -38,6 +38,8 @@ PRIORITY = ("X-Mgpu-Priority", "header", "0 low to 4 urgent, at most the consume
 MODEL = ("model", "query", "of a consumer with several models: which of them")
 FORCE = ("force", "query", "1: at once, with what it serves")
 
+WAIT = ("wait", "query", "1: answer with the finished work where the service only takes a job")
+
 WORK = tuple(
     Operation(
         method="POST",
@@ -47,7 +49,7 @@ WORK = tuple(
         id=kind,
         summary=f"Work of the kind {kind}, by whoever is routed for it",
         answer="the service's own answer",
-        parameters=(MAX_WAIT, PRIORITY),
+        parameters=(MAX_WAIT, PRIORITY, WAIT),
         takes_body=True,
         kind=kind,
     )

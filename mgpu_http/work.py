@@ -29,6 +29,7 @@ async def work(service: Service, exchange: Exchange, request: requests.Request, 
     endpoint = consumer.paths.get(kind)
     if endpoint is None:
         raise BrokerError(code="no_consumer", message=f"{consumer.name} has no path for {kind}")
+    waits, query = asked_to_wait(request, consumer)
     priority = asked_priority(request, exchange.caller, consumer)
     max_wait_s = asked_max_wait_s(request)
     limit_bytes = service.broker.settings.max_body_mib << 20
@@ -52,10 +53,11 @@ async def work(service: Service, exchange: Exchange, request: requests.Request, 
         consumer=name,
         kind=kind,
         method=endpoint.method,
-        path=with_query(endpoint.path, request.scope["query_string"]),
+        path=with_query(endpoint.path, query),
         priority=priority,
         max_wait_s=max_wait_s,
     )
+    job.waits = waits
     service.broker.submit(job)
     await see_through(service, exchange, job)
 
@@ -173,6 +175,24 @@ def make_job(
         scheme=scope["scheme"],
         host=host.decode("latin-1") if host is not None else None,
     )
+
+
+def asked_to_wait(request: requests.Request, consumer: ConsumerSettings) -> tuple[bool, bytes]:
+    """Say whether the client wants the finished work (`?wait=1`), and give the rest of the query.
+
+    Who is answered when the work is done has nothing to wait for.
+    """
+    query: bytes = request.scope["query_string"]
+    if "wait" not in request.query_params:
+        return False, query
+    asked = request.query_params["wait"]
+    if asked not in {"0", "1"}:
+        raise BrokerError(code="bad_request", message="wait is 1 or 0")
+    if asked == "1" and consumer.job is not None and consumer.job.result is None:
+        message = f"{consumer.name} has no job.result in the configuration: it can't be waited for"
+        raise BrokerError(code="bad_request", message=message, consumer=consumer.name)
+    rest = [part for part in query.split(b"&") if part.partition(b"=")[0] != b"wait"]
+    return asked == "1" and consumer.job is not None, b"&".join(rest)
 
 
 def asked_priority(

@@ -20,7 +20,7 @@ from tests.support.brokers import lines, logged
 from tests.support.clients import make_job
 from tests.support.comfyui import ComfyUI, comfyui
 from tests.support.facade import Answer, Facade, facade
-from tests.support.gpu_service import Card
+from tests.support.gpu_service import NO_PROMPT, Card
 from tests.support.upstream import Upstream, eventually
 
 PROMPT = {"prompt": {"1": {"class_type": "SaveImage"}}}
@@ -363,6 +363,127 @@ async def test_a_client_that_leaves_before_its_answer(
         assert await outcomes(broker, tmp_path, 1) == [outcome]
     assert ("GET /queue" in service.calls) == (on_client_gone == "drain")
     assert "POST /interrupt" not in service.calls
+
+
+async def test_a_job_whose_client_left_before_its_answer_is_cancelled(
+    tmp_path: Path, service: ComfyUI
+) -> None:
+    async with broker_before(tmp_path, service) as broker:
+        service.hold = asyncio.Event()
+        async with broker.connect() as client:
+            await client.send("POST", "/v1/image", body=json.dumps(PROMPT).encode())
+            await eventually(lambda: service.running)
+        await eventually(lambda: logged(tmp_path / "log", "Cancel"))
+        assert "POST /interrupt" not in service.calls  # its id is not known yet
+        service.hold.set()
+        await outcomes(broker, tmp_path, 1)
+    assert service.times("POST /interrupt") == 1
+    assert service.running == []
+
+
+# ----------------------------------------------------------------------- who waits for the work
+
+
+async def waiting(
+    broker: Facade, service: ComfyUI, query: str = "wait=1"
+) -> "asyncio.Task[Answer]":
+    """Begin to wait for a picture; it is being made when this returns."""
+    body = json.dumps(PROMPT).encode()
+    asked = asyncio.create_task(broker.ask("POST", f"/v1/image?{query}", body=body))
+    await eventually(lambda: service.running)
+    await asked_twice(service)
+    assert not asked.done()
+    return asked
+
+
+async def test_who_waits_is_answered_with_the_finished_picture(
+    tmp_path: Path, service: ComfyUI
+) -> None:
+    async with broker_before(tmp_path, service) as broker:
+        asked = await waiting(broker, service, "seed=1&wait=1&x=wait")
+        service.end(service.running[0])
+        answer = await asked
+        assert (answer.status, answer.headers["content-type"]) == (200, "image/png; charset=utf-8")
+        assert answer.body == b"output:of/today/a b&c.png"
+        assert answer.headers["x-mgpu-consumer"] == "comfyui"
+        assert await outcomes(broker, tmp_path, 1) == ["ok"]
+    assert service.calls[0] == "POST /prompt"
+
+
+@pytest.mark.parametrize("query", ["wait=0", "awaited=1", ""])
+async def test_who_does_not_wait_is_answered_at_once(
+    tmp_path: Path, service: ComfyUI, query: str
+) -> None:
+    async with broker_before(tmp_path, service) as broker:
+        body = json.dumps(PROMPT).encode()
+        answer = await broker.ask("POST", f"/v1/image?{query}", body=body)
+        assert answer.json()["prompt_id"] == service.running[0]
+
+
+async def test_a_picture_that_failed_is_an_error_for_who_waits(
+    tmp_path: Path, service: ComfyUI
+) -> None:
+    async with broker_before(tmp_path, service, job={"failed": FAILS}) as broker:
+        asked = await waiting(broker, service)
+        service.end(service.running[0], "error")
+        answer = await asked
+        assert (answer.status, answer.error) == (502, "upstream_disconnected")
+        assert "could not do its job" in answer.json()["message"]
+
+
+async def test_what_the_service_refuses_reaches_who_waits_unchanged(
+    tmp_path: Path, service: ComfyUI
+) -> None:
+    async with broker_before(tmp_path, service) as broker:
+        answer = await broker.ask("POST", "/v1/image?wait=1", body=b"{}")
+        assert (answer.status, answer.json()) == (400, NO_PROMPT)
+        assert await outcomes(broker, tmp_path, 1) == ["ok"]
+
+
+async def test_a_result_that_is_not_there_is_an_error(tmp_path: Path, service: ComfyUI) -> None:
+    async with broker_before(tmp_path, service) as broker:
+        asked = await waiting(broker, service)
+        service.end(service.running[0])
+        service.history.clear()
+        service.instead["/history"] = web.json_response({})
+        answer = await asked
+        assert (answer.status, answer.error) == (502, "upstream_disconnected")
+
+
+async def test_the_job_of_who_waits_no_longer_is_cancelled(
+    tmp_path: Path, service: ComfyUI
+) -> None:
+    async with broker_before(tmp_path, service) as broker:
+        async with broker.connect() as client:
+            await client.send("POST", "/v1/image?wait=1", body=json.dumps(PROMPT).encode())
+            await eventually(lambda: service.running)
+            await asked_twice(service)
+        await outcomes(broker, tmp_path, 1)
+    assert service.times("POST /interrupt") == 1
+
+
+async def test_who_waits_for_what_an_operator_cancels_is_told(
+    tmp_path: Path, service: ComfyUI
+) -> None:
+    async with broker_before(tmp_path, service) as broker:
+        asked = await waiting(broker, service)
+        await broker.ask("DELETE", f"/v1/requests/{await followed(broker)}")
+        answer = await asked
+        assert (answer.status, answer.error) == (503, "cancelled")
+        await outcomes(broker, tmp_path, 1)
+    assert service.times("POST /interrupt") == 1
+
+
+async def test_where_nobody_says_what_the_result_is_nobody_can_wait(
+    tmp_path: Path, service: ComfyUI
+) -> None:
+    async with broker_before(tmp_path, service, job={"result": None}) as broker:
+        answer = await broker.ask("POST", "/v1/image?wait=1", body=json.dumps(PROMPT).encode())
+        assert (answer.status, answer.error) == (400, "bad_request")
+        assert "job.result" in answer.json()["message"]
+        answer = await broker.ask("POST", "/v1/image?wait=yes", body=b"{}")
+        assert (answer.status, answer.error) == (400, "bad_request")
+    assert service.calls == []
 
 
 async def test_at_the_brokers_end_following_ends_and_the_job_goes_on(

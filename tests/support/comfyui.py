@@ -42,8 +42,12 @@ class ComfyUI:
     def end(self, prompt_id: str, status: str = "success") -> None:
         """Let what runs be over; the next one begins at once."""
         self.running.remove(prompt_id)
+        images = [
+            {"filename": "preview.png", "subfolder": "", "type": "temp"},
+            {"filename": "a b&c.png", "subfolder": "of/today", "type": "output"},
+        ]
         self.history[prompt_id] = {
-            "outputs": {},
+            "outputs": {"9": {"images": images}} if status == "success" else {},
             "status": {"status_str": status, "completed": status == "success", "messages": []},
         }
         self._begin()
@@ -99,6 +103,9 @@ class ComfyUI:
                 wanted = request.match_info["rest"].removeprefix("history/")
                 found = {wanted: self.history[wanted]} if wanted in self.history else {}
                 return web.json_response(found)
+            case "GET", "/view":
+                shown = "{type}:{subfolder}/{filename}".format(**request.query)
+                return web.Response(text=shown, content_type="image/png")
         return web.Response()
 
     async def _prompt(self, request: web.Request, body: Any) -> web.Response:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mgpu_core import effects as fx
 from mgpu_core.config import SECOND_US
-from mgpu_core.notes import Note
+from mgpu_core.notes import Note, Reason
 from mgpu_core.state import State
 
 # Which note gives the reason of an effect; both stand in one line.
@@ -185,6 +185,11 @@ def awaited(reason: Mapping[str, Any], consumer: str) -> str:
         together.setdefault(what, []).append(name)
     parts = [DONE.get(what, "{who}").format(who=listed(who)) for what, who in together.items()]
     return "for " + " and ".join(parts)
+
+
+def awaited_now(reason: Reason, consumer: str) -> str:
+    """The same of the reason that a state holds."""
+    return awaited({"type": reason.why, "who": reason.who, "doing": reason.doing}, consumer)
 
 
 def behind(reason: Mapping[str, Any]) -> str:

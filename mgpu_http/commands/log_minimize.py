@@ -20,6 +20,7 @@ from mgpu_core.codec import (
     encode_note,
     encode_state,
 )
+from mgpu_core.notes import Note
 from mgpu_core.planners import Planner
 from mgpu_core.replay import Record
 from mgpu_core.scheduler import Scheduler, Transition
@@ -263,7 +264,9 @@ class Told:
     def _lines(self, steps: Iterable[tuple[ev.Event, Transition]]) -> Iterator[bytes]:
         for seq, (event, transition) in enumerate(steps, start=1):
             effects = [encode_effect(effect) for effect in transition.effects]
+            reasons: Iterable[Note] = transition.notes
             if seq == self.smallest.events and self.smallest.recorded is not None:
                 effects = [dict(one) for one in self.smallest.recorded]
-            notes = [encode_note(note) for note in transition.notes]
+                reasons = self.smallest.reasons or reasons
+            notes = [encode_note(note) for note in reasons]
             yield encode_line(seq, transition.state.at, encode_event(event), effects, notes)

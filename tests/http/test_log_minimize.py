@@ -154,6 +154,25 @@ def test_what_a_planner_broke_is_left_in_a_dozen_events(place: Path) -> None:
     assert json.loads(again.stdout)["log"] is None
 
 
+def test_what_another_planner_decides_otherwise_is_left_with_what_the_own_one_decided(
+    place: Path,
+) -> None:
+    """So what was decided then is true of the small history too, and a test of it passes."""
+    write_log(place / "log", long_history())
+    other = ("--planner", "mgpu_core.planners:Gdsf")
+    answer = minimized(place, place / "log", "--until", "diverges", *other)
+    assert len(answer["events"]) <= 2 * DOZEN
+    assert json.loads(run(place, "replay", "small.jsonl", "--json").stdout)["difference"] is None
+    found = json.loads(run(place, "replay", "small.jsonl", "--json", *other, code=1).stdout)
+    differs = found["difference"]
+    assert differs["seq"] == len(answer["events"])
+    then, now = (
+        [one["consumer"] for one in differs[side] if one["type"] == "StartUnload"]
+        for side in ("expected", "got")
+    )
+    assert then != now
+
+
 @pytest.mark.parametrize("check", ["diverges", "P10"])
 def test_what_a_change_of_the_core_broke_is_left_in_a_dozen_events(place: Path, check: str) -> None:
     """A job that timed out, the first one after thousands of events, is not taken for ended."""

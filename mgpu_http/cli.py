@@ -162,6 +162,9 @@ def to_test_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--as", choices=("pytest", "transcript"), default="pytest", help="its form [pytest]"
     )
+    parser.add_argument(
+        "--short", action="store_true", help="leave out readings and probes that decide nothing"
+    )
 
 
 def own_planner(parser: ArgumentParser) -> None:

@@ -168,7 +168,9 @@ def to_test_arguments(parser: ArgumentParser) -> None:
 
 
 def own_planner(parser: ArgumentParser) -> None:
-    parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
+    parser.add_argument(
+        "--planner", metavar="PLANNER", help="lru, gdsf, or MODULE:NAME, a planner of your own"
+    )
 
 
 def whatif_arguments(parser: ArgumentParser) -> None:
@@ -179,7 +181,9 @@ def whatif_arguments(parser: ArgumentParser) -> None:
 
 
 def fuzz_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
+    parser.add_argument(
+        "--planner", metavar="PLANNER", help="lru, gdsf, or MODULE:NAME, a planner of your own"
+    )
     parser.add_argument(
         "--config", metavar="FILE", help="histories for this configuration [drawn ones]"
     )

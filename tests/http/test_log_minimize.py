@@ -272,7 +272,7 @@ def test_when_interrupted_it_keeps_the_smallest_so_far(
         ((DIVERGES, "--until", "P99"), "--until P99: it is one of diverges, invariant, planner"),
         ((DIVERGES, "--until", "planner"), "--until planner: it takes --planner MODULE:NAME"),
         ((DIVERGES, "--seconds", "-1"), "--seconds is a number from 0 on"),
-        ((DIVERGES, "--planner", "mine"), "--planner mine: it is given as MODULE:NAME"),
+        ((DIVERGES, "--planner", "mine"), "--planner mine: it is lru, gdsf, or given as"),
         ((DIVERGES, "-o", "nowhere/small.jsonl"), "nowhere/small.jsonl"),
     ],
 )

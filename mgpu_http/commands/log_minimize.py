@@ -40,6 +40,7 @@ from mgpu_core.transcript import configured, transcript
 from mgpu_effects.event_log import EventLogError, Gap, Segment, encode_header, encode_line
 from mgpu_http.commands.fuzz import SHOWN_EVENTS, Limited, limited
 from mgpu_http.commands.log import load_planner
+from mgpu_http.commands.log_words import effect_words
 from mgpu_http.commands.logs import STANDARD_INPUT, Source
 from mgpu_http.commands.output import (
     DONE,
@@ -220,7 +221,7 @@ class Told:
     def _then(self) -> Iterator[str]:
         recorded = self.smallest.recorded
         if recorded is not None:
-            told = [" ".join(str(value) for value in one.values()) for one in recorded]
+            told = [words for one in recorded if (words := effect_words(one))]
             yield f"then:    {'; '.join(told) or 'nothing was decided'}"
 
     def _transcript(self, last: int | None) -> str:

@@ -242,13 +242,21 @@ def happened(event: Mapping[str, Any], notes: Sequence[Mapping[str, Any]] = ()) 
         case "ProbeResult":
             return f"probe of {of}: {_seen(event)}"
         case "Tick":
-            return "time passed"
+            return "time passed" + "".join(_leaked(note) for note in notes)
         case "Unload":
             return f"Unload of {listed(event['consumers']) or 'all'} by an operator"
         case "Load" | "Pin":
             return f"{kind} of {of} by an operator"
     failed = f": {event['error']}" if event.get("error") else ""
     return (f"{kind} of {of}" if of else str(kind)) + failed
+
+
+def _leaked(note: Mapping[str, Any]) -> str:
+    """Say that too little came free in that time, where it did."""
+    if note["type"] != "Leaky":
+        return ""
+    freed, expected = note["freed_mib"], note["expected_mib"]
+    return f": {note['consumer']} gave {freed:,} of {expected:,} MiB"
 
 
 def _seen(probe: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ POLICIES := $(VENV)/policies
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz planted mutants run real bench policies picture deploy rollback try-deploy clean
+.PHONY: help demo test lint fuzz planted mutants run real bench policies picture examples deploy rollback try-deploy clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -80,6 +80,9 @@ policies: $(INSTALLED) ## docs/schedule.svg and its tables: policies on drawn ar
 picture: $(INSTALLED) ## docs/demo.svg anew, from a demo, and docs/timeline.svg, from a log
 	$(BIN)/python docs/draw_demo.py
 	$(BIN)/python docs/draw_timeline.py
+
+examples: $(READY) ## the logs of the incidents in docs/debugging.md recorded anew, and what is shown of them
+	$(BIN)/python -m tests.incidents.record
 
 clean: ## what the other targets made
 	rm -rf $(VENV) .venv-real .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

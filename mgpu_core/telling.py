@@ -7,7 +7,7 @@ from typing import Any
 
 from mgpu_core import effects as fx
 from mgpu_core.config import SECOND_US
-from mgpu_core.notes import Note
+from mgpu_core.notes import Note, Reason
 from mgpu_core.state import State
 
 # Which note gives the reason of an effect; both stand in one line.
@@ -187,6 +187,11 @@ def awaited(reason: Mapping[str, Any], consumer: str) -> str:
     return "for " + " and ".join(parts)
 
 
+def awaited_now(reason: Reason, consumer: str) -> str:
+    """The same of the reason that a state holds."""
+    return awaited({"type": reason.why, "who": reason.who, "doing": reason.doing}, consumer)
+
+
 def behind(reason: Mapping[str, Any]) -> str:
     """Name some who were served meanwhile by who is in the way: " (r3 and r5)"."""
     requests = reason.get("behind", ())
@@ -237,13 +242,21 @@ def happened(event: Mapping[str, Any], notes: Sequence[Mapping[str, Any]] = ()) 
         case "ProbeResult":
             return f"probe of {of}: {_seen(event)}"
         case "Tick":
-            return "time passed"
+            return "time passed" + "".join(_leaked(note) for note in notes)
         case "Unload":
             return f"Unload of {listed(event['consumers']) or 'all'} by an operator"
         case "Load" | "Pin":
             return f"{kind} of {of} by an operator"
     failed = f": {event['error']}" if event.get("error") else ""
     return (f"{kind} of {of}" if of else str(kind)) + failed
+
+
+def _leaked(note: Mapping[str, Any]) -> str:
+    """Say that too little came free in that time, where it did."""
+    if note["type"] != "Leaky":
+        return ""
+    freed, expected = note["freed_mib"], note["expected_mib"]
+    return f": {note['consumer']} gave {freed:,} of {expected:,} MiB"
 
 
 def _seen(probe: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from mgpu_core.memory import (
 from mgpu_core.notes import Reason, Why
 from mgpu_core.ordering import walk_order
 from mgpu_core.state import Phase, RequestState, Residency, Source
+from mgpu_core.telling import awaited_now
 from mgpu_core.transitions import Cause
 
 # What no holding back of others can end: who waits for it holds nobody back.
@@ -483,11 +484,9 @@ def expire(d: Draft) -> None:
     for name in late:
         request, reason = d.requests[name], d.reasons[name]
         waited_s = (d.at - request.at) // 1_000_000
-        who = ", ".join(reason.who) or request.consumer
+        at_last = awaited_now(reason, request.consumer)
         d.reject(
-            name,
-            "queue_timeout",
-            f"waited {waited_s} s for {request.consumer}: {reason.why.value} ({who})",
+            name, "queue_timeout", f"waited {waited_s} s for {request.consumer}, at last {at_last}"
         )
 
 

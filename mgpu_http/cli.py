@@ -162,10 +162,15 @@ def to_test_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--as", choices=("pytest", "transcript"), default="pytest", help="its form [pytest]"
     )
+    parser.add_argument(
+        "--short", action="store_true", help="leave out readings and probes that decide nothing"
+    )
 
 
 def own_planner(parser: ArgumentParser) -> None:
-    parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
+    parser.add_argument(
+        "--planner", metavar="PLANNER", help="lru, gdsf, or MODULE:NAME, a planner of your own"
+    )
 
 
 def whatif_arguments(parser: ArgumentParser) -> None:
@@ -176,7 +181,9 @@ def whatif_arguments(parser: ArgumentParser) -> None:
 
 
 def fuzz_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--planner", metavar="MODULE:NAME", help="a planner of your own")
+    parser.add_argument(
+        "--planner", metavar="PLANNER", help="lru, gdsf, or MODULE:NAME, a planner of your own"
+    )
     parser.add_argument(
         "--config", metavar="FILE", help="histories for this configuration [drawn ones]"
     )

@@ -8,7 +8,8 @@ few dozen are left at once, and `shrinking` does the rest.
 What fails is an invariant of the scheduler, a property as its oracle judges it, or that today's
 code decides otherwise than the log says. In the last case nobody knows what would have been decided
 then about a smaller history. Kept is what the two decisions are about: the event, today's decisions
-with their reasons, and what is believed of everybody whom one of them names.
+with their reasons, and what is believed of everybody whom one of them names. It is known where only
+the planner is another: then the configuration's own has to decide the smaller one as the log says.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from mgpu_core import effects as fx
 from mgpu_core import events as ev
 from mgpu_core.codec import decode_event, encode_effect
 from mgpu_core.invariants import violations as unsound
+from mgpu_core.notes import Note
 from mgpu_core.planners import Planner
 from mgpu_core.replay import Difference, Record, compared
 from mgpu_core.scheduler import Scheduler, Transition
@@ -159,13 +161,15 @@ class Finder:
 class Smallest:
     """A case, what it comes to up to where it fails, and how.
 
-    `recorded`: the decisions that the log has for its last event, where those diverge.
+    `recorded`: the decisions that the log has for its last event, where those diverge; `reasons`:
+    the notes of those, where they are known.
     """
 
     case: Case
     retold: Retold
     violation: Violation
     recorded: tuple[Json, ...] | None = None
+    reasons: tuple[Note, ...] | None = None
 
     @property
     def events(self) -> int:
@@ -185,6 +189,16 @@ class Search:
     more: More
     best: Smallest | None = None
     tries: int = 0
+    # Without the planner today's code decides as the log says.
+    _own_planner_known: bool = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        difference = self.found.difference
+        self._own_planner_known = (
+            self.planner is not None
+            and difference is not None
+            and planned_without(difference) == list(difference.expected)
+        )
 
     def run(self) -> Smallest | None:
         """Give the smallest that was found; None: the log can't be told so that it fails again."""
@@ -223,7 +237,10 @@ class Search:
     def _judged(self, case: Case) -> Smallest | None:
         wanted, difference = self.found.violation.property, self.found.difference
         if difference is not None:
-            return diverging(case, told(case, self.planner, wanted=NOTHING), difference)
+            smallest = diverging(case, told(case, self.planner, wanted=NOTHING), difference)
+            if smallest is None or not self._own_planner_known:
+                return smallest
+            return decided_then(smallest, told(case, None, wanted=NOTHING), difference)
         again = told(case, self.planner, wanted=wanted)
         if again.violation is None or again.violation.property != wanted:
             return None
@@ -360,6 +377,36 @@ def diverging(case: Case, again: Retold, difference: Difference) -> Smallest | N
     return None
 
 
+def planned_without(difference: Difference) -> list[Json]:
+    """Give what is decided of its event with the configuration's own planner."""
+    record, before = difference.record, difference.before
+    event = decode_event(record.event, record.at)
+    return [encode_effect(one) for one in Scheduler(before.config).step(before, event).effects]
+
+
+def decided_then(smallest: Smallest, own: Retold, difference: Difference) -> Smallest | None:
+    """Give it with the decisions of the configuration's own planner at its end, if those are the
+    log's, and none before them differs; None: they are not.
+    """
+    count = smallest.events
+    steps, other = own.log[:count], smallest.retold.log
+    if len(steps) < count or any(
+        (event, transition.effects) != (event_, transition_.effects)
+        for (event, transition), (event_, transition_) in zip(steps[:-1], other[:-1], strict=True)
+    ):
+        return None
+    event, transition = steps[-1]
+    recorded = tuple(encode_effect(one) for one in transition.effects)
+    then_only, _ = _apart(difference)
+    plain = _plain(recorded, transition.state)
+    last, today = other[-1]
+    if event != last or today.effects == transition.effects:
+        return None
+    if any(one not in plain for one in then_only):
+        return None
+    return evolve(smallest, recorded=recorded, reasons=tuple(transition.notes))
+
+
 def facts(before: State, transition: Transition, difference: Difference) -> object:
     """Give what the two decisions differ in, as far as it is so here: which of it is decided now,
     with which reasons, and what is believed of all that it names.
@@ -385,12 +432,14 @@ def facts(before: State, transition: Transition, difference: Difference) -> obje
 
 def _apart(difference: Difference) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Give what was decided only then, and what is only today: of what is done to anybody, if they
-    differ in that; else of everything.
+    differ in that; else of everything. Where only the order is another, all that is done.
     """
     then = _plain(difference.expected, difference.transition.state)
     today = _plain(difference.got, difference.transition.state)
     then_only = [one for one in then if one not in today]
     today_only = [one for one in today if one not in then]
+    if not then_only and not today_only:
+        return list(filter(_decides, then)), list(filter(_decides, today))
     if any(map(_decides, (*then_only, *today_only))):
         return list(filter(_decides, then_only)), list(filter(_decides, today_only))
     return then_only, today_only

@@ -15,11 +15,15 @@ from mgpu_core.config import SECOND_US, Config
 from mgpu_core.effects import Effect
 from mgpu_core.scheduler import Transition
 from mgpu_core.simulation.preamble import STEP_US
-from mgpu_core.simulation.shrinking import Case, Retold, told
+from mgpu_core.simulation.shrinking import Case, Retold, shortest, told
 from mgpu_core.simulation.world import START_US
 
 Log: TypeAlias = Sequence[tuple[ev.Event, Transition]]
 Names: TypeAlias = Mapping[str, str]
+# They say how things are: most of them change nothing.
+ROUTINE = (ev.GpuSample, ev.ProbeResult)
+# So often is it tried to leave some of them out, at least; in short histories more often.
+SHORT_TRIES, SHORT_EVENTS = 20, 60_000
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Times are rounded to the first of these with which the same is decided.
 UNITS_US = (SECOND_US, SECOND_US // 10, SECOND_US // 100, STEP_US)
@@ -97,6 +101,44 @@ def decided(log: Log) -> list[list[str]]:
         if not isinstance(event, ev.Tick):
             all_of_them.append([])
     return all_of_them
+
+
+def shortened(case: Case, log: Log) -> tuple[Case, Log]:
+    """Leave out readings and probes without which the same is decided, when and by what.
+
+    The last event stays. What doesn't come to the same even whole is given as it is.
+    """
+    wanted = _acts(log)
+    events = [one for one in case.events[:-1] if not isinstance(one, ev.Tick)]
+    kept: Sequence[int] = range(len(events))
+    routine = [number for number in kept if isinstance(events[number], ROUTINE)]
+    best: tuple[Case, Log] = case, log
+
+    def same(chosen: Sequence[int]) -> bool:
+        nonlocal best
+        dropped = set(routine).difference(chosen)
+        left = (events[number] for number in kept if number not in dropped)
+        again = evolve(case, events=(*left, case.events[-1]))
+        retold = told(again, wanted="nothing").log
+        if _acts(retold) != wanted:
+            return False
+        best = again, retold
+        return True
+
+    if same(routine):
+        shortest(routine, same, tries=max(SHORT_TRIES, SHORT_EVENTS // len(case.events)))
+    return best
+
+
+def _acts(log: Log) -> list[object]:
+    """Give what was decided at which event, and all events but those that only show how it is."""
+    since = log[0][1].state.at
+    return [
+        (type(event), getattr(event, "request", None), getattr(event, "consumer", None), at, texts)
+        for event, transition in log
+        for at, texts in [(transition.state.at - since, decisions(transition.effects))]
+        if texts or not isinstance(event, (*ROUTINE, ev.Tick))
+    ]
 
 
 def _same(plain: Plain, wanted: list[list[str]]) -> bool:

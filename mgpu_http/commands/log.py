@@ -4,7 +4,7 @@ import importlib
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mgpu_core.codec import (
 )
 from mgpu_core.config import Config
 from mgpu_core.events import Event
-from mgpu_core.planners import Planner, View
+from mgpu_core.planners import PLANNERS, Planner, View
 from mgpu_core.scheduler import Scheduler
 from mgpu_effects.config_file import ConfigErrors, load_settings
 from mgpu_effects.core_config import core_config
@@ -98,10 +98,15 @@ class FunctionPlanner:
 
 
 def load_planner(name: str) -> Planner:
-    """Import MODULE:NAME: a class, an object with `victims`, or a function like it."""
+    """Give a built-in one by its name, or import MODULE:NAME: a class, an object with `victims`, or
+    a function like it.
+    """
+    built_in: Mapping[str, Planner] = {str(one): planner for one, planner in PLANNERS.items()}
+    if name in built_in:
+        return built_in[name]
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise CommandError(f"--planner {name}: it is given as MODULE:NAME", USAGE)
+        raise CommandError(f"--planner {name}: it is lru, gdsf, or given as MODULE:NAME", USAGE)
     sys.path.insert(0, "")  # a planner beside the user's own files
     try:
         found: Any = getattr(importlib.import_module(module), attribute)

@@ -20,6 +20,7 @@ from mgpu_core.codec import (
     encode_note,
     encode_state,
 )
+from mgpu_core.notes import Note
 from mgpu_core.planners import Planner
 from mgpu_core.replay import Record
 from mgpu_core.scheduler import Scheduler, Transition
@@ -39,6 +40,7 @@ from mgpu_core.transcript import configured, transcript
 from mgpu_effects.event_log import EventLogError, Gap, Segment, encode_header, encode_line
 from mgpu_http.commands.fuzz import SHOWN_EVENTS, Limited, limited
 from mgpu_http.commands.log import load_planner
+from mgpu_http.commands.log_words import effect_words
 from mgpu_http.commands.logs import STANDARD_INPUT, Source
 from mgpu_http.commands.output import (
     DONE,
@@ -219,7 +221,7 @@ class Told:
     def _then(self) -> Iterator[str]:
         recorded = self.smallest.recorded
         if recorded is not None:
-            told = [" ".join(str(value) for value in one.values()) for one in recorded]
+            told = [words for one in recorded if (words := effect_words(one))]
             yield f"then:    {'; '.join(told) or 'nothing was decided'}"
 
     def _transcript(self, last: int | None) -> str:
@@ -263,7 +265,9 @@ class Told:
     def _lines(self, steps: Iterable[tuple[ev.Event, Transition]]) -> Iterator[bytes]:
         for seq, (event, transition) in enumerate(steps, start=1):
             effects = [encode_effect(effect) for effect in transition.effects]
+            reasons: Iterable[Note] = transition.notes
             if seq == self.smallest.events and self.smallest.recorded is not None:
                 effects = [dict(one) for one in self.smallest.recorded]
-            notes = [encode_note(note) for note in transition.notes]
+                reasons = self.smallest.reasons or reasons
+            notes = [encode_note(note) for note in reasons]
             yield encode_line(seq, transition.state.at, encode_event(event), effects, notes)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from mgpu_core.codec import decode_event, encode_state
 from mgpu_core.memory import held_mib
 from mgpu_core.state import Phase, State
-from mgpu_core.telling import overtakes
+from mgpu_core.telling import awaited_now, overtakes
 from mgpu_http.commands.log_words import (
     clock,
     date_and_clock,
@@ -58,7 +58,7 @@ def told(state: State) -> Iterator[str]:
         [_consumer(state, name) for name in state.consumers],
     )
     yield from _table(
-        ("REQUEST", "CONSUMER", "STATE", "PRIORITY", "SO FAR", "DEADLINE IN", "OVERTAKEN", "WHY"),
+        ("REQUEST", "CONSUMER", "STATE", "PRIORITY", "SO FAR", "DEADLINE IN", "OVERTAKEN", "WAITS"),
         [_request(state, name) for name in _in_order(state)[:REQUEST_ROWS]],
     )
     if (more := len(state.requests) - REQUEST_ROWS) > 0:
@@ -152,5 +152,5 @@ def _request(state: State, name: str) -> Sequence[object]:
         duration(state.at - since),
         None if serving else duration(request.deadline - state.at),
         overtakes(state, name) if name in state.overtaken else None,
-        " ".join([why.why.value, *why.who]) if why else None,
+        awaited_now(why, request.consumer) if why else None,
     )

@@ -10,7 +10,7 @@ from mgpu_core.pytest_case import pytest_case
 from mgpu_core.replay import Difference
 from mgpu_core.scheduler import Transition
 from mgpu_core.simulation.minimizing import marked
-from mgpu_core.simulation.plain import Log, Plain, decisions, made_plain
+from mgpu_core.simulation.plain import Log, Plain, decisions, made_plain, shortened
 from mgpu_core.simulation.preamble import STEP_US
 from mgpu_core.simulation.shrinking import Case, shifted
 from mgpu_core.simulation.world import START_US
@@ -22,6 +22,7 @@ from mgpu_http.commands.output import DONE, USAGE, CommandError, document, messa
 # Nobody reads a test that is longer.
 LONG = 60
 MOST = 5_000
+SHORT = "`--short` leaves out readings and probes that decide nothing"
 MINIMIZE = "`mgpu log minimize` gives a short one of it"
 FILES = {
     "pytest": "tests/core/test_NAME.py",
@@ -31,9 +32,12 @@ FILES = {
 
 def to_test(arguments: Namespace) -> int:
     recorded = Recorded.of(Source.of(arguments))
-    if len(recorded.log) > LONG:
-        message(f"{len(recorded.log)} events make a long test: {MINIMIZE}")
-    plain = made_plain(recorded.case(), recorded.log)
+    case, log = recorded.case(), recorded.log
+    if arguments.short:
+        case, log = shortened(case, log)
+    elif len(log) > LONG:
+        message(f"{len(log)} events make a long test: {SHORT}, {MINIMIZE}")
+    plain = made_plain(case, log)
     if plain is None:
         raise CommandError(
             f"{arguments.log}: it hangs on what was before it (an earlier run, or a state that it"
@@ -45,7 +49,7 @@ def to_test(arguments: Namespace) -> int:
         _refuse_transcripts(plain, recorded, shape)
     text = _as_pytest(plain, recorded) if shape == "pytest" else _as_transcript(plain)
     if arguments.json:
-        document({"as": shape, "file": FILES[shape], "events": len(recorded.log), "text": text})
+        document({"as": shape, "file": FILES[shape], "events": len(log), "text": text})
     else:
         result(text.rstrip("\n"))
         message(f"it goes into {FILES[shape]}")

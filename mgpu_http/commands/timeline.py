@@ -15,6 +15,7 @@ from mgpu_core.codec import decode_event
 from mgpu_core.notes import Reason
 from mgpu_core.replay import Record
 from mgpu_core.state import ConsumerState, Phase, RequestState, Residency, State
+from mgpu_core.telling import awaited_now
 from mgpu_http.commands.log_words import event_words
 from mgpu_http.commands.logs import Step
 
@@ -123,13 +124,13 @@ class Timeline:
         yield from self._end_wait(request)
         if reason is not None:
             self._waits[name] = reason
-            yield self._async("b", request, name=_wait_name(reason)) | {
+            yield self._async("b", request, name=_wait_name(reason, request)) | {
                 "args": dict(reason.numbers)
             }
 
     def _end_wait(self, request: RequestState) -> Iterator[TraceEvent]:
         if (reason := self._waits.pop(request.request, None)) is not None:
-            yield self._async("e", request, name=_wait_name(reason))
+            yield self._async("e", request, name=_wait_name(reason, request))
 
     def _service(self, request: RequestState) -> Iterator[TraceEvent]:
         name, consumer = request.request, request.consumer
@@ -228,8 +229,8 @@ def _about(name: str, consumer: ConsumerState, record: Record) -> dict[str, Any]
     return {key: value for key, value in about.items() if value is not None}
 
 
-def _wait_name(reason: Reason) -> str:
-    return f"waits: {reason.why.value}" + (f" ({' '.join(reason.who)})" if reason.who else "")
+def _wait_name(reason: Reason, request: RequestState) -> str:
+    return f"waits {awaited_now(reason, request.consumer)}"
 
 
 def _counts(state: State) -> Iterator[tuple[str, Mapping[str, int]]]:

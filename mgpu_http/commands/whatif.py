@@ -13,7 +13,7 @@ from attrs import asdict, define, field, frozen
 
 from mgpu_core.codec import CodecError
 from mgpu_core.config import Config
-from mgpu_core.planners import PLANNERS, Planner
+from mgpu_core.planners import Planner
 from mgpu_core.replay import Record
 from mgpu_core.simulation.measures import Measures, Meter
 from mgpu_core.simulation.planning import told
@@ -81,10 +81,7 @@ class Change:
     @classmethod
     def of(cls, arguments: Namespace) -> "Change":
         config = load_config(Path(arguments.config)) if arguments.config else None
-        planner: Planner | None = None
-        if arguments.planner:
-            built_in = {str(name): planner for name, planner in PLANNERS.items()}
-            planner = built_in.get(arguments.planner) or load_planner(arguments.planner)
+        planner = load_planner(arguments.planner) if arguments.planner else None
         given = [text for text in (arguments.config, arguments.planner) if text]
         return cls(config=config, planner=planner, words=" with ".join(given))
 

@@ -357,6 +357,12 @@ def test_events_are_said(event: ev.Event, words: str) -> None:
     assert happened(encode_event(event)) == words
 
 
+def test_a_wait_that_showed_a_leak_says_so() -> None:
+    leak = {"type": "Leaky", "consumer": "a", "expected_mib": 12_000, "freed_mib": 30}
+    words = happened(encode_event(ev.Tick(at=0)), [leak, {"type": "PlannedAnew"}])
+    assert words == "time passed: a gave 30 of 12,000 MiB"
+
+
 def test_a_cold_start_waits_for_room_only() -> None:
     core = Recording(service("llm", 20_000), lazy("pictures", 8_000), absent=["pictures"])
     core.sample(free=3_700)

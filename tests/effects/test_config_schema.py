@@ -155,7 +155,7 @@ BAD = [
     _consumer("name: a"),
     _consumer("preset: x"),
     _consumer("models: ['a b']"),
-    _consumer("on_client_gone: job"),
+    _consumer("on_client_gone: wait"),
     _consumer("priority: 5"),
     _consumer("priority: '2'"),
     _consumer("priority: 1.5"),

@@ -172,7 +172,7 @@ def test_every_wait_ends_by_itself_in_the_configurations_that_come_along(file: P
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--planner", "mine"), "--planner mine: it is given as MODULE:NAME"),
+        (("--planner", "mine"), "--planner mine: it is lru, gdsf, or given as MODULE:NAME"),
         (("--planner", "mine:absent"), "--planner mine:absent: AttributeError"),
         (("--planner", "nowhere:x"), "--planner nowhere:x: ModuleNotFoundError"),
         (("--planner", "bad:x"), "--planner bad:x: SyntaxError"),

@@ -154,6 +154,25 @@ def test_what_a_planner_broke_is_left_in_a_dozen_events(place: Path) -> None:
     assert json.loads(again.stdout)["log"] is None
 
 
+def test_what_another_planner_decides_otherwise_is_left_with_what_the_own_one_decided(
+    place: Path,
+) -> None:
+    """So what was decided then is true of the small history too, and a test of it passes."""
+    write_log(place / "log", long_history())
+    other = ("--planner", "mgpu_core.planners:Gdsf")
+    answer = minimized(place, place / "log", "--until", "diverges", *other)
+    assert len(answer["events"]) <= 2 * DOZEN
+    assert json.loads(run(place, "replay", "small.jsonl", "--json").stdout)["difference"] is None
+    found = json.loads(run(place, "replay", "small.jsonl", "--json", *other, code=1).stdout)
+    differs = found["difference"]
+    assert differs["seq"] == len(answer["events"])
+    then, now = (
+        [one["consumer"] for one in differs[side] if one["type"] == "StartUnload"]
+        for side in ("expected", "got")
+    )
+    assert then != now
+
+
 @pytest.mark.parametrize("check", ["diverges", "P10"])
 def test_what_a_change_of_the_core_broke_is_left_in_a_dozen_events(place: Path, check: str) -> None:
     """A job that timed out, the first one after thousands of events, is not taken for ended."""
@@ -253,7 +272,7 @@ def test_when_interrupted_it_keeps_the_smallest_so_far(
         ((DIVERGES, "--until", "P99"), "--until P99: it is one of diverges, invariant, planner"),
         ((DIVERGES, "--until", "planner"), "--until planner: it takes --planner MODULE:NAME"),
         ((DIVERGES, "--seconds", "-1"), "--seconds is a number from 0 on"),
-        ((DIVERGES, "--planner", "mine"), "--planner mine: it is given as MODULE:NAME"),
+        ((DIVERGES, "--planner", "mine"), "--planner mine: it is lru, gdsf, or given as"),
         ((DIVERGES, "-o", "nowhere/small.jsonl"), "nowhere/small.jsonl"),
     ],
 )

@@ -74,6 +74,18 @@ def test_a_pytest_case_passes_and_fails_when_a_decision_is_altered(
     assert failed.stdout.count("serve nobody") >= len(files)
 
 
+def test_a_short_one_holds_the_same_decisions_in_fewer_lines(said: Any, tmp_path: Path) -> None:
+    whole, short = said(DEMO).out, said(DEMO, "--short").out
+    assert len(short.splitlines()) < len(whole.splitlines()) / 2
+    decided = re.compile(r"== (\[.+\])")
+    assert decided.findall(short) == decided.findall(whole)
+    calls = re.compile(r"core\.(?:request|finish|loaded|unloaded)\(.*?\)")
+    assert calls.findall(short) == calls.findall(whole)
+    (tmp_path / "test_short.py").write_text(short)
+    passed = pytest_of(tmp_path)
+    assert "1 passed" in passed.stdout, passed.stdout
+
+
 def test_a_pytest_case_is_in_order_for_ruff(said: Any, tmp_path: Path) -> None:
     for number, log in enumerate(logs(tmp_path)):
         (tmp_path / f"test_{number}.py").write_text(said(log).out)
@@ -120,7 +132,9 @@ def test_what_diverges_is_a_test_that_fails_until_it_is_decided_so_again(
 
 
 def test_of_a_long_log_it_says_what_makes_it_short(said: Any) -> None:
-    assert "`mgpu log minimize` gives a short one" in said(DEMO).err
+    told = said(DEMO).err
+    assert "`--short` leaves out" in told
+    assert "`mgpu log minimize` gives a short one" in told
 
 
 def test_what_hangs_on_an_earlier_run_is_no_test(said: Any, tmp_path: Path) -> None:

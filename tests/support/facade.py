@@ -101,16 +101,16 @@ class Client:
         self.writer.write("\r\n".join([*lines, "", ""]).encode() + (body or b""))
         await self.writer.drain()
 
-    async def head(self) -> Answer:
-        async with asyncio.timeout(LIMIT_S):
+    async def head(self, limit_s: float = LIMIT_S) -> Answer:
+        async with asyncio.timeout(limit_s):
             text = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         status_line, *lines = text.split("\r\n")[:-2]
         pairs = [line.split(": ", 1) for line in lines]
         return Answer(int(status_line.split(" ")[1]), {n.lower(): v for n, v in pairs})
 
-    async def answer(self, *, to_head: bool = False) -> Answer:
-        """Read one answer, whole or cut off."""
-        answer = await self.head()
+    async def answer(self, *, to_head: bool = False, limit_s: float = LIMIT_S) -> Answer:
+        """Read one answer, whole or cut off; it begins within a limit."""
+        answer = await self.head(limit_s)
         if to_head or answer.status in {204, 304}:
             return answer
         try:

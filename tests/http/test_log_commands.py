@@ -639,7 +639,7 @@ def test_what_fuzz_keeps_can_be_looked_at(
     monkeypatch.syspath_prepend(str(tmp_path))
     planner = ("--planner", "log_planners:none")
     found = mgpu(
-        "fuzz", *planner, "--seed", 1, "--json", "--save", tmp_path / "kept", code=1
+        "fuzz", *planner, "--seed", 2, "--json", "--save", tmp_path / "kept", code=1
     ).document["found"]
     kept = found["log"]
     shown = mgpu("log", "show", kept, "--json").lines

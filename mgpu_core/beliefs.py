@@ -45,8 +45,11 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     if quiet and event.resident is not None:
         _see(d, name, resident=event.resident, source=Source.PROBE)
     elif quiet and state.refused:
-        assumed = assumed_residency(d.consumer(name)) is Residency.RESIDENT
-        _see(d, name, resident=assumed, source=Source.ASSUMED)
+        consumer = d.consumer(name)
+        assumed = assumed_residency(consumer) is Residency.RESIDENT
+        # Of several that are loaded by route, none is in when their server has come up again.
+        alone = not (consumer.load_route and d.siblings(name))
+        _see(d, name, resident=assumed and alone, source=Source.ASSUMED)
     if quiet and state.refused:
         d.update(name, refused=False)  # until then, what it holds after its refusal is not known
     settled = event.taken > state.moved and state.starter is None

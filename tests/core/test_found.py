@@ -327,3 +327,16 @@ def test_who_is_back_and_tells_nothing_has_not_shown_that_it_holds_nothing() -> 
     assert core.unloaded("a") == []
     assert core.probe("a") == []
     assert core.sample(free=15_000) == ["load b"]
+
+
+def test_a_server_that_was_started_for_one_model_holds_no_other() -> None:
+    """Both are loaded by route; the unit was down, and is started to load b."""
+    unit = {"server": "s", "driver": "systemd"}
+    core = Core(service("a", 8_000, **unit), service("b", 8_000, **unit), gpus=CARD)
+    core.sample(free=15_000)
+    core.probe("a", failure="refused")
+    core.probe("b", failure="refused")
+    assert core.request("r1", "b") == ["load b"]
+    assert core.request("r2", "a") == []
+    assert core.probe("a") == []  # it answers, and does not tell what is loaded
+    assert core.loaded("b") == ["serve r1"]

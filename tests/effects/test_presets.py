@@ -1,0 +1,223 @@
+"""Presets: what is shipped is right, and gives way to what stands beside it.
+
+What the presets ask the services is tested where such questions are: test_looking.py and
+test_expressions.py put it to the services' own answers.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from attrs import asdict, evolve, fields_dict
+
+from mgpu_effects import presets
+from mgpu_effects.config_file import ConfigErrors, load_settings
+from mgpu_effects.preset_docs import markdown
+from mgpu_effects.settings import ConsumerSettings, ResidencySettings, Step
+from mgpu_effects.shapes import keys_of
+from mgpu_effects.units import units_of
+from mgpu_http.cli import main
+from tests.support.presets import BESIDE, configuration
+
+ROOT = Path(__file__).parents[2]
+
+every = pytest.mark.parametrize("name", presets.names())
+MODELS = [name for name in presets.names() if "models" in presets.preset(name).requires]
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text):
+        file = tmp_path / "consumers.yaml"
+        file.write_text(text)
+        return load_settings(file, {})
+
+    return load
+
+
+@pytest.fixture
+def errors_of(load):
+    def errors_of(text):
+        with pytest.raises(ConfigErrors) as raised:
+            load(text)
+        return raised.value.errors
+
+    return errors_of
+
+
+# --------------------------------------------------------------------------------- what is shipped
+
+
+def test_there_is_one_for_each_service_that_is_known():
+    assert {"comfyui", "llama-router", "mvoice", "ollama", "ollama-own-lru"} < set(presets.names())
+    assert len(MODELS) == 4
+
+
+@every
+def test_each_is_in_order_by_itself(name, load):
+    consumer = load(configuration(name)).consumers["a"]
+    keys = set(presets.preset(name).consumer)
+    assert keys < set(keys_of(ConsumerSettings))
+    assert keys >= {"health", "paths"}
+    assert not keys & set(presets.preset(name).requires)
+    # Each of its keys has come through: what is not written is as it is by default.
+    bare = asdict(ConsumerSettings(name="a", url=consumer.url), recurse=False)
+    read = asdict(consumer, recurse=False)
+    beside = {"preset", *presets.preset(name).requires}
+    assert {key for key in read if read[key] != bare[key]} <= keys | beside
+    assert consumer.paths.keys() == presets.preset(name).consumer["paths"].keys()
+
+
+@every
+def test_each_says_what_to_know_of_it(name):
+    known = presets.preset(name)
+    assert all(type(text) is str for text in (known.title, *known.needs, *known.traps))
+    assert known.needs
+    assert known.traps
+    assert known.verified in ("real", "recorded", "documented")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_loaded_and_unloaded_by_name(name, load):
+    consumer = load(configuration(name, {"models": "{x/y: {upstream: 'u/v:1'}, z: {}}"}))
+    one, two = units_of(consumer.consumers["a"])
+    assert one.unload
+    assert one.unload != two.unload
+    assert "{model}" not in str([*one.load, *one.unload])
+    assert isinstance(one.residency, ResidencySettings)
+
+
+# ------------------------------------------------------------------------------ what is beside them
+
+
+def test_a_key_beside_it_wins_as_a_whole(load):
+    beside = {"unload": "{path: /other}", "busy": "null", "priority": "4"}
+    consumer = load(configuration("comfyui", beside)).consumers["a"]
+    assert consumer.unload == (Step(path="/other"),)
+    assert consumer.busy is None
+    assert consumer.priority == 4
+    assert consumer.health.path == "/system_stats"
+    timeouts = load(configuration("faster-whisper-server", {"timeout_s": "{idle: 5}"}))
+    assert timeouts.consumers["a"].timeout_s.first_byte == 600
+
+
+def test_so_does_one_that_is_merged_in(load):
+    text = "consumers:\n  a: &base {url: 'http://h', health: {path: /mine}}\n"
+    consumer = load(f"{text}  b: {{<<: *base, preset: piper}}\n").consumers["b"]
+    assert consumer.health.path == "/mine"
+    assert consumer.on_client_gone == "drain"
+    text = "consumers:\n  a: &base {url: 'http://h', preset: piper}\n"
+    consumer = load(f"{text}  b: {{<<: *base, on_client_gone: close}}\n").consumers["b"]
+    assert (consumer.health.path, consumer.on_client_gone) == ("/info", "close")
+
+
+def test_two_consumers_may_have_the_same(load):
+    text = "consumers: {a: {url: 'http://h:1', preset: vllm}, b: {url: 'http://h:2', preset: vllm}}"
+    one, two = load(text).consumers.values()
+    assert one.load == two.load != ()
+
+
+def test_its_name_may_come_from_the_environment(tmp_path):
+    file = tmp_path / "consumers.yaml"
+    file.write_text("consumers: {a: {url: 'http://h', preset: '${env:SERVICE}'}}")
+    assert load_settings(file, {"SERVICE": "piper"}).consumers["a"].health.path == "/info"
+
+
+# -------------------------------------------------------------------------------- what can be wrong
+
+
+def test_one_that_is_not_known_is_an_error_with_what_there_is(errors_of):
+    (error,) = errors_of("consumers:\n  a:\n    url: http://h\n    preset: llama-ruoter\n")
+    assert (error.line, error.column, error.key) == (4, 13, "consumers.a.preset")
+    assert "did you mean llama-router?" in error.message
+    assert all(name in error.message for name in presets.names())
+
+
+@pytest.mark.parametrize("models", ["", "    models: [one, two]\n", "    models: {}\n"])
+@pytest.mark.parametrize("name", MODELS)
+def test_several_models_need_names(errors_of, name, models):
+    (error,) = errors_of(f"consumers:\n  a:\n    url: http://h\n    preset: {name}\n{models}")
+    assert (error.line, error.key) == (4, "consumers.a.preset")
+    assert f"{name} needs `models` beside it" in error.message
+
+
+def test_a_service_that_cannot_be_loaded_without_more_needs_that(errors_of):
+    (error,) = errors_of("consumers:\n  a:\n    url: http://h\n    preset: tabbyapi\n")
+    assert "tabbyapi needs `load` beside it" in error.message
+    assert "/v1/model/load" in error.message
+
+
+def test_what_contradicts_a_key_of_it_is_shown_where_it_is_named(errors_of):
+    text = (
+        "scheduler: {load_timeout_s: 60}\nconsumers:\n  a:\n    url: http://h\n    preset: vllm\n"
+    )
+    (error,) = errors_of(text)
+    assert (error.line, error.column, error.key) == (5, 13, "consumers.a.load.timeout_s")
+    assert "120 s, but scheduler.load_timeout_s ends it after 60 s" in error.message
+
+
+def test_every_error_beside_it_is_found(errors_of):
+    text = "consumers:\n  a:\n    url: http://h\n    preset: vllm\n    speed: 5\n    unload: {}\n"
+    errors = errors_of(text)
+    assert [(error.line, error.key) for error in errors] == [
+        (5, "consumers.a.speed"),
+        (6, "consumers.a.unload"),
+    ]
+
+
+def test_it_is_a_key_of_the_file_and_no_more(load):
+    assert "preset" in fields_dict(ConsumerSettings)
+    assert load("consumers: {a: {url: 'http://h', preset: null}}").consumers["a"].preset is None
+
+
+# ------------------------------------------------------------------------------------- what is told
+
+
+def test_the_page_in_the_repository_is_that_of_the_files():
+    """Made anew by: python -m mgpu_effects.preset_docs > docs/presets.md."""
+    assert (ROOT / "docs" / "presets.md").read_text() == markdown()
+
+
+def test_the_list_has_each_with_its_ways(capsys):
+    assert main(["presets", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["presets"]}
+    assert tuple(rows) == presets.names()
+    ways = {
+        name: (row["loaded_by"], row["unloaded_by"], row["seen_by"]) for name, row in rows.items()
+    }
+    assert ways["vllm"] == ("POST /wake_up", "POST /sleep?level=1", "GET /is_sleeping")
+    assert ways["comfyui"] == ("the next request", "POST /free", "what the broker did")
+    assert ways["piper"] == ("its driver", "its driver", "whether it runs")
+    assert ways["ollama-own-lru"] == ("itself", "itself", "nobody")
+    assert ways["tabbyapi"][0] == "your own load"
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["name", *presets.names()]
+
+
+@every
+def test_what_is_shown_can_be_copied(name, load, capsys):
+    assert main(["presets", "show", name]) == 0
+    shown = capsys.readouterr().out
+    known = presets.preset(name)
+    assert known.traps[0].split()[0] in shown
+    beside = "".join(f"    {key}: {BESIDE[key]}\n" for key in known.requires)
+    copied = load(shown + beside).consumers[name]
+    assert evolve(load(configuration(name)).consumers["a"], name=name, preset=None) == copied
+
+
+def test_one_is_shown_as_a_document(capsys):
+    assert main(["presets", "show", "ollama", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["consumer"]["unload"]["body"] == {
+        "model": "{model}",
+        "keep_alive": 0,
+        "stream": False,
+    }
+    assert shown["requires"].keys() == {"models"}
+    assert shown["verified"] == "documented"
+
+
+def test_one_that_is_not_known_is_not_shown(capsys):
+    assert main(["presets", "show", "olama"]) == 2
+    assert "no preset olama, did you mean ollama?; there are:" in capsys.readouterr().err

@@ -5,19 +5,26 @@ test_expressions.py put it to the services' own answers.
 """
 
 import json
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from attrs import asdict, evolve, fields_dict
 
 from mgpu_effects import presets
+from mgpu_effects.calls import control_session
 from mgpu_effects.config_file import ConfigErrors, load_settings
+from mgpu_effects.expressions import value_of
 from mgpu_effects.preset_docs import markdown
+from mgpu_effects.probes import probe
 from mgpu_effects.settings import ConsumerSettings, ResidencySettings, Step
 from mgpu_effects.shapes import keys_of
+from mgpu_effects.steps import run_steps
 from mgpu_effects.units import units_of
 from mgpu_http.cli import main
-from tests.support.presets import BESIDE, configuration
+from tests.support.dev_http import serving
+from tests.support.presets import BESIDE, configuration, consumer
 
 ROOT = Path(__file__).parents[2]
 
@@ -221,3 +228,120 @@ def test_one_is_shown_as_a_document(capsys):
 def test_one_that_is_not_known_is_not_shown(capsys):
     assert main(["presets", "show", "olama"]) == 2
     assert "no preset olama, did you mean ollama?; there are:" in capsys.readouterr().err
+
+
+# -------------------------------------------------------- what real servers answered to these keys
+
+OK = (200, {"status": "ok"})
+NOT_RUNNING = {"error": {"code": 400, "message": "model is not running"}}
+QUEUED = {"prompt_id": "c35b85f2-4280-40fe-beba-101410b217f9", "number": 0, "node_errors": {}}
+NOT_FOUND = (404, "not found")
+
+# Shortened. What is not here they answered with 404, or were never asked.
+RECORDED = {
+    "piper": {
+        ("GET", "/info"): (200, {"last": None, "voice": {"name": "en_US-joe-medium"}}),
+        ("POST", "/synthesize"): (200, "RIFF"),
+    },
+    "faster-whisper-server": {
+        ("GET", "/health"): OK,
+        ("POST", "/v1/audio/transcriptions"): (200, {"text": " Hello world."}),
+    },
+    "whisper-server": {
+        ("GET", "/health"): OK,
+        ("POST", "/inference"): (200, {"text": " Hello world.\n"}),
+    },
+    "llama-server": {
+        ("GET", "/health"): OK,
+        ("POST", "/v1/chat/completions"): (200, {"choices": []}),
+    },
+    "llama-router": {
+        ("GET", "/health"): OK,
+        ("GET", "/models"): (200, {"data": [{"id": "one", "status": {"value": "loaded"}}]}),
+        ("POST", "/v1/chat/completions"): (200, {"choices": []}),
+        ("POST", "/models/unload"): (200, {"success": True}),
+    },
+    "comfyui": {
+        ("GET", "/system_stats"): (200, {"system": {}, "devices": []}),
+        ("GET", "/prompt"): (200, {"exec_info": {"queue_remaining": 1}}),
+        ("POST", "/prompt"): (200, QUEUED),
+        ("GET", "/queue"): (200, {"queue_running": [], "queue_pending": []}),
+        ("GET", "/history/{id}"): (200, {}),
+        ("POST", "/queue"): (200, ""),
+        ("POST", "/interrupt"): (200, ""),
+        ("POST", "/free"): (200, ""),
+    },
+}
+# What is not yet, or no longer, as it should be.
+NOT_WELL = [
+    ("llama-server", (503, {"error": {"message": "Loading model", "code": 503}})),
+    ("whisper-server", (404, "File Not Found (/health)")),
+]
+
+
+@asynccontextmanager
+async def answering(name, **instead):
+    """Give the one unit of the preset, in front of a server that answers as recorded."""
+    answers = {**RECORDED[name], **instead.get("answers", {})}
+    asked = []
+
+    async def answer(request):
+        asked.append((request.method, request.path, await request.text()))
+        status, body = answers.get((request.method, request.path), NOT_FOUND)
+        text = body if isinstance(body, str) else json.dumps(body)
+        return web.Response(status=status, text=text, content_type="application/json")
+
+    async with control_session() as session, serving(answer) as url:
+        (unit,) = units_of(evolve(consumer(name), url=url))
+        yield session, unit, asked
+
+
+def test_what_is_called_recorded_or_real_is_tested_here():
+    told = {name for name in presets.names() if presets.preset(name).verified != "documented"}
+    assert told == set(RECORDED)
+
+
+def test_what_is_called_real_is_run_by_make_real():
+    text = (ROOT / "tests" / "real" / "config.yaml").read_text()
+    real = {name for name in presets.names() if presets.preset(name).verified == "real"}
+    assert real == {name for name in presets.names() if f"preset: {name}\n" in text}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+async def test_every_route_of_a_preset_is_one_that_the_server_has(name):
+    async with answering(name) as (session, unit, asked):
+        facts = await probe(session, [unit], 5)
+        assert facts[unit.name].healthy
+        assert facts[unit.name].error is None
+        assert await run_steps(session, unit, unit.unload) is None
+    called = {(method, path) for method, path, _ in asked}
+    called |= {(endpoint.method, endpoint.path) for endpoint in unit.paths.values()}
+    if unit.job:
+        steps = [*unit.job.over, unit.job.failed, *unit.job.cancel]
+        called |= {(step.method, step.path) for step in steps}
+    assert called == set(RECORDED[name])
+
+
+@pytest.mark.parametrize(("name", "answer"), NOT_WELL)
+async def test_a_server_that_loads_is_not_well(name, answer):
+    async with answering(name, answers={("GET", "/health"): answer}) as (session, unit, _):
+        assert not (await probe(session, [unit], 5))[unit.name].healthy
+
+
+async def test_a_model_of_the_router_that_was_not_loaded_counts_as_unloaded():
+    unloading = ("POST", "/models/unload")
+    async with answering("llama-router", answers={unloading: (400, NOT_RUNNING)}) as at:
+        session, unit, asked = at
+        assert await run_steps(session, unit, unit.unload) is None
+        assert json.loads(asked[0][2]) == {"model": "one"}
+    async with answering("llama-router", answers={unloading: (500, "")}) as (session, unit, _):
+        assert await run_steps(session, unit, unit.unload) == "http_500"
+
+
+async def test_comfyui_gives_all_back_in_one_call():
+    async with answering("comfyui") as (session, unit, asked):
+        assert await run_steps(session, unit, unit.unload) is None
+    (call,) = asked
+    assert json.loads(call[2]) == {"unload_models": True, "free_memory": True}
+    assert call[:2] == ("POST", "/free")
+    assert value_of(unit.job.id, QUEUED) == QUEUED["prompt_id"]

@@ -7,6 +7,7 @@ test_expressions.py put it to the services' own answers.
 import json
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from aiohttp import web
@@ -18,7 +19,7 @@ from mgpu_effects.config_file import ConfigErrors, load_settings
 from mgpu_effects.expressions import value_of
 from mgpu_effects.preset_docs import markdown
 from mgpu_effects.probes import probe
-from mgpu_effects.settings import ConsumerSettings, ResidencySettings, Step
+from mgpu_effects.settings import ConsumerSettings, ModelSettings, ResidencySettings, Step
 from mgpu_effects.shapes import keys_of
 from mgpu_effects.steps import run_steps
 from mgpu_effects.units import units_of
@@ -345,3 +346,74 @@ async def test_comfyui_gives_all_back_in_one_call():
     assert json.loads(call[2]) == {"unload_models": True, "free_memory": True}
     assert call[:2] == ("POST", "/free")
     assert value_of(unit.job.id, QUEUED) == QUEUED["prompt_id"]
+
+
+# ------------------------------------------------------------- what is asked of those not seen here
+
+OF_OLLAMA = {"model": "u/v:1", "stream": False}
+# How to load and how to unload it, as its documentation or source has it.
+DOCUMENTED = [
+    ("ollama", "load", "POST /api/generate", OF_OLLAMA | {"keep_alive": -1}),
+    ("ollama", "unload", "POST /api/generate", OF_OLLAMA | {"keep_alive": 0}),
+    ("vllm", "load", "POST /wake_up", None),
+    ("vllm", "unload", "POST /sleep?level=1", None),
+    ("speaches", "load", "POST /api/ps/u/v:1", None),
+    ("speaches", "unload", "DELETE /api/ps/u/v:1", None),
+    ("kokoro", "unload", "POST /dev/unload", None),
+    ("automatic1111", "load", "POST /sdapi/v1/reload-checkpoint", None),
+    ("automatic1111", "unload", "POST /sdapi/v1/unload-checkpoint", None),
+    ("forge", "unload", "POST /sdapi/v1/unload-checkpoint", None),
+    ("koboldcpp", "load", "POST /api/admin/reload_config", {"filename": "initial_model"}),
+    ("koboldcpp", "unload", "POST /api/admin/reload_config", {"filename": "unload_model"}),
+    ("tabbyapi", "unload", "POST /v1/model/unload", None),
+    ("lm-studio", "load", "POST /api/v1/models/load", {"model": "u/v:1"}),
+    ("lm-studio", "unload", "POST /api/v1/models/unload", {"instance_id": "u/v:1"}),
+    ("mvoice", "load", "POST /load", None),
+    ("mvoice", "unload", "POST /unload", None),
+]
+# What says that there was nothing to do.
+DONE_ALREADY = [
+    ("speaches", "load", 409, None),
+    ("speaches", "unload", 404, None),
+    ("speaches", "unload", 409, "http_409"),
+    ("kokoro", "unload", 403, "http_403"),
+    ("ollama", "unload", 404, "http_404"),
+]
+
+
+async def _told(name, what, status=200):
+    """Load or unload, and give how that went and what the service was asked."""
+    asked = []
+
+    async def answer(request):
+        body = await request.text()
+        asked.append((f"{request.method} {request.path_qs}", json.loads(body) if body else None))
+        return web.json_response({}, status=status)
+
+    async with control_session() as session, serving(answer) as url:
+        several = "models" in presets.preset(name).requires
+        models = {"one": ModelSettings(upstream="u/v:1")} if several else ()
+        (unit,) = units_of(evolve(consumer(name), url=url, models=models))
+        code = await run_steps(session, unit, getattr(unit, what))
+    return code, [(unquote(call), body) for call, body in asked]
+
+
+@pytest.mark.parametrize(("name", "what", "call", "body"), DOCUMENTED)
+async def test_services_are_asked_as_they_say(name, what, call, body):
+    assert await _told(name, what) == (None, [(call, body)])
+
+
+@pytest.mark.parametrize(("name", "what", "status", "code"), DONE_ALREADY)
+async def test_what_was_done_already_is_no_failure(name, what, status, code):
+    assert (await _told(name, what, status))[0] == code
+
+
+def test_each_way_that_is_documented_is_tested_here():
+    ways = {
+        (name, what)
+        for name in presets.names()
+        if presets.preset(name).verified == "documented"
+        for what in ("load", "unload")
+        if what in presets.preset(name).consumer
+    }
+    assert ways == {(name, what) for name, what, _, _ in DOCUMENTED}

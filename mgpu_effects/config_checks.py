@@ -220,15 +220,15 @@ def _check_own_models(
 def _check_presets(settings: Settings) -> Findings:
     for consumer in settings.consumers.values():
         here = ("consumers", consumer.name)
-        for key, why in _required(consumer).items():
+        for key, example in _required(consumer).items():
             value = getattr(consumer, key)
             if not value or (key == "models" and not isinstance(value, Mapping)):
-                text = f"{consumer.preset} needs `{key}` beside it: {why}"
+                text = f"{consumer.preset} needs {key} beside it, as `{key}: {example}`"
                 yield Finding((*here, "preset"), text, ((*here, key),))
 
 
 def _required(consumer: ConsumerSettings) -> Mapping[str, str]:
-    """Give what its preset must have beside it, and why."""
+    """Give the keys that its preset must have beside it, each with an example."""
     return presets.preset(consumer.preset).requires if consumer.preset else {}
 
 

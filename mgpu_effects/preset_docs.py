@@ -56,7 +56,7 @@ def _cell(way: str) -> str:
 
 
 def _section(known: Preset) -> str:
-    beside = [f"`{key}` beside it: {why}." for key, why in known.requires.items()]
+    beside = [f"Beside it `{key}: {example}`." for key, example in known.requires.items()]
     lists = [("It needs", [*beside, *known.needs]), ("Known of it", known.traps)]
     texts = [f"\n{title}:\n\n" + "".join(f"- {each}\n" for each in items) for title, items in lists]
     return f"\n## {known.name}\n\n{known.title}; by default at {known.url}.\n{''.join(texts)}"

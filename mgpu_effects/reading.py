@@ -7,7 +7,8 @@ an error, so that one run shows all of them, and leaves out what it could not re
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from attrs import frozen, has
@@ -258,7 +259,7 @@ class Reader:
         values: dict[str, Any] = {named: path[-1]} if named else {}
         seen = set()
         entries = self._entries(node, path)
-        for key_node, value_node in [*entries, *self._stood_for(entries, keys, path)]:
+        for key_node, value_node in chain(entries, self._stood_for(entries, keys, path)):
             where = (*path, key_node.value)
             key = keys.get(key_node.value)
             if key is None:
@@ -280,8 +281,13 @@ class Reader:
                 values.setdefault(key.field, "")
         return cls(**values)
 
-    def _stood_for(self, entries: Entries, keys: Mapping[str, Key], path: Path) -> Entries:
-        """Give the entries that one of these stands for, but those that are given beside it."""
+    def _stood_for(
+        self, entries: Entries, keys: Mapping[str, Key], path: Path
+    ) -> Iterator[tuple[ScalarNode, Node]]:
+        """Give the entries that one of these stands for, but those that are given beside it.
+
+        To be asked when these have been read: what is wrong with one of them is noted by then.
+        """
         for key_node, value_node in entries:
             extras = unwrap(keys[key_node.value].hint)[1] if key_node.value in keys else ()
             stands = next((extra for extra in extras if isinstance(extra, Stands)), None)
@@ -292,8 +298,7 @@ class Reader:
                 _put(further, value_node.start_mark)
                 given = {key.value for key, _ in entries}
                 further.value = [pair for pair in further.value if pair[0].value not in given]
-                return self._entries(further, path)
-        return []
+                yield from self._entries(further, path)
 
     def _unknown(self, name: str, cls: type, known: tuple[str, ...]) -> str:
         if name in self._later.get(cls, ()):

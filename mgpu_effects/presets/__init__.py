@@ -35,7 +35,7 @@ class Preset:
     url: str  # where the service is by default
     needs: tuple[str, ...]
     traps: tuple[str, ...]
-    # What must stand beside the preset, and why.
+    # What must stand beside the preset: the key, and its value as an example.
     requires: Mapping[str, str] = field(factory=dict)
     consumer: Mapping[str, Any]
     text: str  # of its keys, as the file has them, comments and all

@@ -38,8 +38,7 @@ def show(arguments: Namespace) -> int:
 
 def yaml_of(known: Preset) -> str:
     """Give its keys as part of a configuration, under what to know of them as comments."""
-    beside = tuple(f"`{key}` beside it: {why}" for key, why in known.requires.items())
-    parts = ("needs", (*beside, *known.needs)), ("traps", known.traps)
+    parts = ("needs", known.needs), ("traps", known.traps)
     lines = [
         f"# {known.title}",
         f"# verified: {known.verified}, {presets.VERIFIED[known.verified]}",
@@ -49,7 +48,8 @@ def yaml_of(known: Preset) -> str:
         for sentence in sentences:
             first = wrap(sentence, WIDTH, initial_indent="#   - ", subsequent_indent="#     ")
             lines += first
-    keys = f"url: {known.url}\n{_dedented(known.text)}".rstrip()
+    yours = [f"{key}: {example} # yours" for key, example in known.requires.items()]
+    keys = "\n".join([f"url: {known.url}", *yours, _dedented(known.text)])
     return "\n".join([*lines, "consumers:", f"  {known.name}:", indent(keys, "    ")])
 
 

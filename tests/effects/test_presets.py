@@ -25,7 +25,7 @@ from mgpu_effects.steps import run_steps
 from mgpu_effects.units import units_of
 from mgpu_http.cli import main
 from tests.support.dev_http import serving
-from tests.support.presets import BESIDE, configuration, consumer
+from tests.support.presets import configuration, consumer
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +134,11 @@ def test_its_name_may_come_from_the_environment(tmp_path):
 # -------------------------------------------------------------------------------- what can be wrong
 
 
+def test_a_name_that_is_missing_in_the_environment_is_the_one_error(errors_of):
+    (error,) = errors_of("consumers: {a: {url: 'http://h', preset: '${env:SERVICE}'}}")
+    assert error.message == "the environment has no variable 'SERVICE'"
+
+
 def test_one_that_is_not_known_is_an_error_with_what_there_is(errors_of):
     (error,) = errors_of("consumers:\n  a:\n    url: http://h\n    preset: llama-ruoter\n")
     assert (error.line, error.column, error.key) == (4, 13, "consumers.a.preset")
@@ -146,12 +151,12 @@ def test_one_that_is_not_known_is_an_error_with_what_there_is(errors_of):
 def test_several_models_need_names(errors_of, name, models):
     (error,) = errors_of(f"consumers:\n  a:\n    url: http://h\n    preset: {name}\n{models}")
     assert (error.line, error.key) == (4, "consumers.a.preset")
-    assert f"{name} needs `models` beside it" in error.message
+    assert f"{name} needs models beside it, as `models: {{" in error.message
 
 
 def test_a_service_that_cannot_be_loaded_without_more_needs_that(errors_of):
     (error,) = errors_of("consumers:\n  a:\n    url: http://h\n    preset: tabbyapi\n")
-    assert "tabbyapi needs `load` beside it" in error.message
+    assert "tabbyapi needs load beside it, as `load: {" in error.message
     assert "/v1/model/load" in error.message
 
 
@@ -209,9 +214,9 @@ def test_what_is_shown_can_be_copied(name, load, capsys):
     shown = capsys.readouterr().out
     known = presets.preset(name)
     assert known.traps[0].split()[0] in shown
-    beside = "".join(f"    {key}: {BESIDE[key]}\n" for key in known.requires)
-    copied = load(shown + beside).consumers[name]
-    assert evolve(load(configuration(name)).consumers["a"], name=name, preset=None) == copied
+    beside = known.requires
+    expected = load(configuration(name, beside)).consumers["a"]
+    assert load(shown).consumers[name] == evolve(expected, name=name, preset=None)
 
 
 def test_one_is_shown_as_a_document(capsys):
@@ -258,7 +263,7 @@ RECORDED = {
     },
     "llama-router": {
         ("GET", "/health"): OK,
-        ("GET", "/models"): (200, {"data": [{"id": "one", "status": {"value": "loaded"}}]}),
+        ("GET", "/models"): (200, {"data": [{"id": "NAME", "status": {"value": "loaded"}}]}),
         ("POST", "/v1/chat/completions"): (200, {"choices": []}),
         ("POST", "/models/unload"): (200, {"success": True}),
     },
@@ -334,7 +339,7 @@ async def test_a_model_of_the_router_that_was_not_loaded_counts_as_unloaded():
     async with answering("llama-router", answers={unloading: (400, NOT_RUNNING)}) as at:
         session, unit, asked = at
         assert await run_steps(session, unit, unit.unload) is None
-        assert json.loads(asked[0][2]) == {"model": "one"}
+        assert json.loads(asked[0][2]) == {"model": "NAME"}
     async with answering("llama-router", answers={unloading: (500, "")}) as (session, unit, _):
         assert await run_steps(session, unit, unit.unload) == "http_500"
 

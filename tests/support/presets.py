@@ -7,15 +7,12 @@ from mgpu_effects import presets
 from mgpu_effects.reading import Reader
 from mgpu_effects.settings import ConsumerSettings, Settings
 
-# What a preset must have beside it.
-BESIDE = {"models": "{one: {}}", "load": "{path: /v1/model/load, body: {model_name: one}}"}
-
 
 def configuration(name: str, beside: Mapping[str, str] | None = None) -> str:
     """Give a file with one consumer, `a`, that has the preset and what it needs beside it."""
     known = presets.preset(name)
     keys = {"url": known.url, "preset": name}
-    keys |= {key: BESIDE[key] for key in known.requires} | dict(beside or {})
+    keys |= {**known.requires, **(beside or {})}
     return "consumers:\n  a:\n" + "".join(f"    {key}: {keys[key]}\n" for key in keys)
 
 

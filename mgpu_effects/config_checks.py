@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from attrs import asdict, frozen
 
+from mgpu_effects import presets
 from mgpu_effects.gpu_processes import local_port
 from mgpu_effects.reading import Path, Reader, dotted
 from mgpu_effects.settings import (
@@ -186,7 +187,7 @@ def _check_models(settings: Settings) -> Findings:
                 yield Finding(path, f"{name} is a name at {dotted(owner)} already")
         if isinstance(consumer.models, Mapping):
             yield from _check_own_models(consumer, consumer.models, here)
-        else:
+        elif "models" not in _required(consumer):
             for path in _places_of_model(consumer):
                 text = "{model} stands for one of `models`, and that is no mapping here"
                 yield Finding((*here, *path), text, ((*here, "models"),))
@@ -214,6 +215,21 @@ def _check_own_models(
     if ANY in models and (models[ANY].upstream or models[ANY].aliases):
         text = "it stands for the models that nobody named: it has no name itself"
         yield Finding((*here, "models", ANY), text)
+
+
+def _check_presets(settings: Settings) -> Findings:
+    for consumer in settings.consumers.values():
+        here = ("consumers", consumer.name)
+        for key, example in _required(consumer).items():
+            value = getattr(consumer, key)
+            if not value or (key == "models" and not isinstance(value, Mapping)):
+                text = f"{consumer.preset} needs {key} beside it, as `{key}: {example}`"
+                yield Finding((*here, "preset"), text, ((*here, key),))
+
+
+def _required(consumer: ConsumerSettings) -> Mapping[str, str]:
+    """Give the keys that its preset must have beside it, each with an example."""
+    return presets.preset(consumer.preset).requires if consumer.preset else {}
 
 
 def _places_of_model(consumer: ConsumerSettings) -> Iterator[Path]:
@@ -423,5 +439,6 @@ CHECKS: tuple[Callable[[Settings], Findings], ...] = (
     _check_fit,
     _check_consumers,
     _check_models,
+    _check_presets,
     _check_drivers,
 )

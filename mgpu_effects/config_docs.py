@@ -24,6 +24,7 @@ situation. `mgpu check` shows everything that is wrong with a file at once, with
 
 - `${env:NAME}` in a text is replaced by that variable of the environment; it must be set. This is
   the place for secrets: errors show what stands in the file, never what came from the environment.
+- `preset: NAME` in a consumer stands for the keys of a known service: [presets.md](presets.md).
 - Anchors, aliases and `<<` work as in any YAML file. `config/consumers.schema.json` is a JSON
   Schema of the file: with `# yaml-language-server: $schema=...` in its first line, editors complete
   and check while you type.

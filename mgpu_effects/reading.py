@@ -4,11 +4,11 @@ The reader knows no key of the configuration: `shapes` says what a hint allows. 
 an error, so that one run shows all of them, and leaves out what it could not read.
 """
 
-import difflib
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from attrs import frozen, has
@@ -20,11 +20,14 @@ from mgpu_effects.shapes import (
     Constraint,
     Explaining,
     Hint,
+    Key,
     OneOrMany,
     ShellWords,
+    Stands,
     Word,
     alternatives,
     describe,
+    did_you_mean,
     element,
     is_list,
     is_mapping,
@@ -251,7 +254,8 @@ class Reader:
         named = name_field(cls)
         values: dict[str, Any] = {named: path[-1]} if named else {}
         seen = set()
-        for key_node, value_node in self._entries(node, path):
+        entries = self._entries(node, path)
+        for key_node, value_node in chain(entries, self._stood_for(entries, keys, path)):
             where = (*path, key_node.value)
             key = keys.get(key_node.value)
             if key is None:
@@ -273,12 +277,30 @@ class Reader:
                 values.setdefault(key.field, "")
         return cls(**values)
 
+    def _stood_for(
+        self, entries: Entries, keys: Mapping[str, Key], path: Path
+    ) -> Iterator[tuple[ScalarNode, Node]]:
+        """Give the entries that one of these stands for, but those that are given beside it.
+
+        To be asked when these have been read: what is wrong with one of them is noted by then.
+        """
+        for key_node, value_node in entries:
+            extras = unwrap(keys[key_node.value].hint)[1] if key_node.value in keys else ()
+            stands = next((extra for extra in extras if isinstance(extra, Stands)), None)
+            if stands is None or not isinstance(value_node, ScalarNode):
+                continue
+            further = stands.keys(self._scalar(value_node, (*path, key_node.value)))
+            if further is not None:
+                _put(further, value_node.start_mark)
+                given = {key.value for key, _ in entries}
+                further.value = [pair for pair in further.value if pair[0].value not in given]
+                yield from self._entries(further, path)
+
     def _unknown(self, name: str, cls: type, known: tuple[str, ...]) -> str:
         if name in self._later.get(cls, ()):
             return "not supported by this version"
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        return f"unknown key{hint}; allowed: {listed(known, 'and')}"
+        hint = ", ".join(filter(None, ["unknown key", did_you_mean(name, known)]))
+        return f"{hint}; allowed: {listed(known, 'and')}"
 
     def _entries(self, node: Node, path: Path) -> Entries:
         """Give the keys and values of a mapping, those merged into it last."""
@@ -319,6 +341,15 @@ class Reader:
 
 def _pairs(node: Node) -> Pairs:
     return [(key, value) for key, value in node.value if key.tag != MERGE]
+
+
+def _put(node: Node, mark: StringMark) -> None:
+    """Let the node and its parts stand where the mark is: an error in them is to be found there."""
+    node.start_mark = mark
+    parts = [] if isinstance(node, ScalarNode) else node.value
+    for part in parts:
+        for each in part if isinstance(part, tuple) else (part,):
+            _put(each, mark)
 
 
 def _scalar_fits(value: Any, base: Hint) -> bool:

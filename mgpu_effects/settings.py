@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from attrs import field, frozen
 
+from mgpu_effects import presets
 from mgpu_effects.shapes import (
     NAMED,
     UNWRITTEN,
@@ -19,6 +20,7 @@ from mgpu_effects.shapes import (
     OneOrMany,
     ShellWords,
     Singular,
+    Stands,
     Word,
     doc,
 )
@@ -55,6 +57,7 @@ Gpu = GpuIndex | Annotated[Mapping[GpuIndex, Mib], NotEmpty()] | Literal["none"]
 Kind = Literal["tts", "stt", "llm", "image"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KindName = Annotated[str, OneOf(KINDS)]
+PresetName = Annotated[str, OneOf(presets.names())]
 SamplerName = Literal["auto", "nvml", "nvidia-smi", "none", "simulated"]
 KILLED_S = 5.0  # after the grace: how long a killed process may take to give back its memory
 
@@ -314,6 +317,13 @@ class ConsumerSettings:
 
     name: str = field(metadata=NAMED)
     url: Url = field(metadata=doc("base URL of the service"))
+    preset: Annotated[PresetName | None, Stands(presets.keys_node)] = field(
+        default=None,
+        metadata=doc(
+            "keys for a known service, shipped with the broker (`mgpu presets`); those that are"
+            " given beside it win, each as a whole"
+        ),
+    )
     health: Endpoint = field(
         factory=lambda: Endpoint(path="/health"), metadata=doc("liveness probe; GET /health")
     )
@@ -603,7 +613,6 @@ LATER_KEYS: Mapping[type, tuple[str, ...]] = {
     ConsumerSettings: (
         "front",
         "passive",
-        "preset",
         "wait_comments_s",
     ),
 }

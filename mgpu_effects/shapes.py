@@ -6,10 +6,11 @@ gives a shorter way to write it (`OneOrMany`, `Word`, ...), the metadata say wha
 reader of the file, the JSON Schema and the documentation go by this module alone.
 """
 
+import difflib
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import (
     Annotated,
@@ -25,6 +26,7 @@ from typing import (
 )
 
 from attrs import NOTHING, Attribute, fields, frozen, has
+from ruamel.yaml.nodes import MappingNode
 
 # A type hint. There is no type for it in the standard library.
 Hint: TypeAlias = Any
@@ -88,6 +90,9 @@ class OneOf:
     @property
     def schema(self) -> Schema:
         return {"enum": list(self.words)}
+
+    def problem(self, text: str) -> str:
+        return did_you_mean(text, self.words)
 
 
 @frozen
@@ -161,6 +166,16 @@ class Word:
 
     word: str
     value: object
+
+
+@frozen
+class Stands:
+    """A word that stands for further keys of the mapping it is in, where those are not given.
+
+    `keys` gives them as nodes that the reader may change, None for a word that is not known.
+    """
+
+    keys: Callable[[str], MappingNode | None]
 
 
 # The ways to write a value shorter than in full.
@@ -266,6 +281,12 @@ WORDS: Mapping[Hint, str] = {
 
 def listed(words: tuple[str, ...], last: str = "or") -> str:
     return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Give a question about the word that is most like it; empty: there is none."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def describe(hint: Hint) -> str:

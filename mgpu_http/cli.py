@@ -98,6 +98,10 @@ def apply_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a configuration, or a core's as .json")
 
 
+def preset_name(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="one that `mgpu presets` lists")
+
+
 def event_log(parser: ArgumentParser) -> None:
     parser.add_argument(
         "log", metavar="LOG", help="a directory of segments, a segment, or - for standard input"
@@ -267,6 +271,20 @@ COMMANDS = (
         example="mgpu check config/consumers.yaml",
         run="commands.local:check",
         add=(config_or_path, as_json),
+    ),
+    Command(
+        name="presets",
+        help="list the known services, whose keys need not be written out",
+        example="mgpu presets",
+        run="commands.presets:list_all",
+        add=(as_json,),
+    ),
+    Command(
+        name="presets show",
+        help="show the keys of one, to copy, with what it needs and its traps",
+        example="mgpu presets show comfyui",
+        run="commands.presets:show",
+        add=(preset_name, as_json),
     ),
     Command(
         name="bench",
@@ -440,16 +458,20 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mgpu {version('mgpu')}")
     top = parser.add_subparsers(required=True, metavar="COMMAND")
     groups = {"": top}
+    single: dict[str, ArgumentParser] = {}
     for command in COMMANDS:
         group, _, name = command.name.rpartition(" ")
         if group not in groups:
-            inner = top.add_parser(group, help=GROUPS[group])
-            groups[group] = inner.add_subparsers(required=True, metavar="COMMAND")
-        add_command(groups[group], name, command)
+            # A group that is a command as well may stand alone.
+            inner = single.get(group) or top.add_parser(group, help=GROUPS[group])
+            groups[group] = inner.add_subparsers(required=group in GROUPS, metavar="COMMAND")
+        single[command.name] = add_command(groups[group], name, command)
     return parser
 
 
-def add_command(group: "_SubParsersAction[ArgumentParser]", name: str, command: Command) -> None:
+def add_command(
+    group: "_SubParsersAction[ArgumentParser]", name: str, command: Command
+) -> ArgumentParser:
     parser = group.add_parser(
         name,
         help=command.help,
@@ -460,6 +482,7 @@ def add_command(group: "_SubParsersAction[ArgumentParser]", name: str, command: 
     for add in command.add:
         add(parser)
     parser.set_defaults(command=command)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

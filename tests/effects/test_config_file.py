@@ -185,7 +185,7 @@ consumers:
 # What is written as keys of the consumer `a`; the dotted key that is blamed; words of the message.
 WRONG_KEYS = [
     ("heath: {path: /}", "consumers.a.heath", "unknown key, did you mean health?"),
-    ("heath: {path: /}", "consumers.a.heath", "allowed: url, health, paths"),
+    ("heath: {path: /}", "consumers.a.heath", "allowed: url, preset, health"),
     ("health: {path: /, methd: GET}", "consumers.a.health.methd", "did you mean method?"),
     ("health: {method: GET}", "consumers.a.health", "path is missing"),
     ("health: {path: up}", "consumers.a.health.path", "begins with /"),
@@ -241,7 +241,9 @@ WRONG_KEYS = [
         "consumers.a.driver.container.engine",
         "docker or podman",
     ),
-    ("preset: ollama", "consumers.a.preset", "not supported by this version"),
+    ("preset: olama", "consumers.a.preset", "did you mean ollama?"),
+    ("preset: zzz", "consumers.a.preset", "must be automatic1111, comfyui"),
+    ("preset: [piper]", "consumers.a.preset", "must be"),
     ("models: ['a b']", "consumers.a.models[0]", "the name of a model"),
     ("models: {x: {gpus: 0}}", "consumers.a.models.x.gpus", "did you mean gpu?"),
     ("passive: [/ws]", "consumers.a.passive", "not supported by this version"),

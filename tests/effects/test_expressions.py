@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from mgpu_effects.config_file import load_settings
 from mgpu_effects.expressions import ExpressionError, JmesPath, holds, value_of
-from tests.support.comfyui import CONFIG
+from tests.support.presets import consumer
 
 NODES = {"1": {"class_type": "EmptyImage", "inputs": {"width": 64}}}
 A, B, C = "bf043a0e-40d1", "7e4143b8-6bcd", "cca73219-b29d"
@@ -29,7 +28,7 @@ def history(status: str, last: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def job():
-    job = load_settings(CONFIG, {}).consumers["comfyui"].job
+    job = consumer("comfyui").job
     assert job is not None
     return job
 

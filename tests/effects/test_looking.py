@@ -16,25 +16,21 @@ from mgpu_effects.looking import Told, paths_of, tell
 from mgpu_effects.probes import ProbeFacts, probe
 from mgpu_effects.settings import BusySettings, ConsumerSettings, Endpoint, ResidencySettings, Unit
 from tests.support.dev_http import serving
+from tests.support.presets import consumer
 
 GIB = 2**30
-OLLAMA = ResidencySettings(
-    path="/api/ps",
-    resident="models[?name == {model}]",
-    mib="sum(models[?name == {model}].size_vram)",
-)
-ROUTER = ResidencySettings(
-    path="/models", resident="data[?id == {model} && status.value == 'loaded']"
-)
-SPEACHES = ResidencySettings(path="/api/ps", resident="contains(models, {model})")
-SLEEPER = ResidencySettings(path="/is_sleeping", resident="!is_sleeping")
-KOBOLD = ResidencySettings(path="/api/v1/model", resident="result != 'inactive'")
-LM_STUDIO = ResidencySettings(
-    path="/api/v1/models", resident="models[?key == {model}].loaded_instances[]"
-)
-QUEUE = BusySettings(path="/prompt", when="exec_info.queue_remaining > `0`")
-PROGRESS = BusySettings(path="/sdapi/v1/progress", when="state.job_count > `0`")
-PERF = BusySettings(path="/api/extra/perf", when="idle == `0` || queue > `0`")
+# As the presets ask: so each is tested on what its service says.
+OLLAMA = consumer("ollama").residency
+ROUTER = consumer("llama-router").residency
+SPEACHES = consumer("speaches").residency
+SLEEPER = consumer("vllm").residency
+KOBOLD = consumer("koboldcpp").residency
+TABBY = consumer("tabbyapi").residency
+LM_STUDIO = consumer("lm-studio").residency
+QUEUE = consumer("comfyui").busy
+PROGRESS = consumer("automatic1111").busy
+FORGE = consumer("forge").busy
+PERF = consumer("koboldcpp").busy
 
 
 def ollama(*loaded: tuple[str, int]) -> Any:
@@ -77,10 +73,13 @@ SAID = [
     (KOBOLD, {"result": "inactive"}, Told(resident=False)),
     (LM_STUDIO, lm_studio("one:1"), Told(resident=True)),
     (LM_STUDIO, lm_studio(), Told(resident=False)),
+    (TABBY, {"id": "one", "object": "model", "owned_by": "tabbyAPI"}, Told(resident=True)),
     (QUEUE, {"exec_info": {"queue_remaining": 1}}, Told(busy=True)),
     (QUEUE, {"exec_info": {"queue_remaining": 0}}, Told(busy=False)),
     (PROGRESS, {"progress": 0.2, "state": {"job_count": 1, "job_no": 0}}, Told(busy=True)),
     (PROGRESS, {"progress": 0.0, "state": {"job_count": 0}}, Told(busy=False)),
+    (FORGE, {"progress": 0.2, "state": {"job_count": 1}}, Told(busy=True)),
+    (FORGE, {"progress": 0.0, "state": {"job_count": 0}}, Told(busy=False)),
     (PERF, {"last_process": 0, "queue": 0, "idle": 1}, Told(busy=False)),
     (PERF, {"last_process": 0, "queue": 0, "idle": 0}, Told(busy=True)),
 ]

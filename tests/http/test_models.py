@@ -38,8 +38,12 @@ def host(tmp_path):
         yield host
 
 
-async def test_models_of_one_server_make_room_for_each_other(host):
-    with host.serve(consumers=consumers(), routing=ROUTING) as broker:
+PRESET = {key: ROUTER[key] for key in ("models", "max_concurrency")} | {"preset": "llama-router"}
+
+
+@pytest.mark.parametrize("router", [ROUTER, PRESET], ids=["in full", "preset"])
+async def test_models_of_one_server_make_room_for_each_other(host, router):
+    with host.serve(consumers={"router": router}, routing={"llm": "router"}) as broker:
         await ready(broker)
         for model in ("small", "middle", "large", "small"):
             answer = await broker.ask("POST", "/v1/llm", body=asks(model))

@@ -13,15 +13,12 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from ruamel.yaml import YAML
 
+from mgpu_effects import presets
 from tests.support.gpu_service import NO_PROMPT
-
-CONFIG = Path(__file__).parents[2] / "config" / "consumers.yaml"
 
 
 @dataclass
@@ -60,10 +57,11 @@ class ComfyUI:
         await self.runner.cleanup()
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """Give what config/consumers.yaml says of it, with its rounds of questions close by."""
-        comfyui: dict[str, Any] = YAML(typ="safe").load(CONFIG)["consumers"]["comfyui"]
+        """Give what its preset says of it, with its rounds of questions close by."""
+        comfyui = presets.preset("comfyui").consumer
         job = {**comfyui["job"], "poll_s": 0.02, **changes.pop("job", {})}
-        return {**comfyui, "url": self.url, "job": job, **changes}
+        host = {"url": self.url, "vram_resident_mib": 13_000}
+        return {**comfyui, **host, "job": job, **changes}
 
     def _begin(self) -> None:
         if self.pending and not self.running:

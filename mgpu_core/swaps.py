@@ -162,7 +162,7 @@ def _evict(d: Draft, swap: Swap, victims: tuple[str, ...]) -> None:
         cards = {gpu: card for gpu in d.consumer(name).vram_mib if (card := good_card(d, gpu))}
         # Of who is stopped no process is left that could keep anything.
         if d.goes_by_route(name) and not any(kept_mib(d, name, gpu) for gpu in cards):
-            expected[name] = sum(gain_mib(d, name, gpu, by_driver=True) for gpu in cards)
+            expected[name] = sum(gain_mib(d, name, gpu) for gpu in cards)
         before = {gpu: card.free_mib for gpu, card in cards.items()} | before
         evicted.append(name)
         d.start_unload(name, swap.epoch, because=f"swap of {swap.target}")

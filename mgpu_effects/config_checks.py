@@ -23,7 +23,7 @@ from mgpu_effects.settings import (
     gpu_numbers,
 )
 from mgpu_effects.steps import with_value
-from mgpu_effects.units import ANY, names_of, units, units_of
+from mgpu_effects.units import ANY, names_of, units
 from mgpu_effects.values import HOST, PORT
 
 URL_ADDRESS = re.compile(rf"(https?)://({HOST})(?::({PORT}))?")
@@ -197,9 +197,9 @@ def _model_names(consumer: ConsumerSettings, here: Path) -> Iterator[tuple[Path,
     if not isinstance(consumer.models, Mapping):
         yield from (((*here, place), name) for place, name in enumerate(consumer.models))
         return
-    for unit in units_of(consumer):
-        if unit.unit is not None:
-            yield from (((*here, unit.unit.model), name) for name in names_of(consumer, unit))
+    for model, settings in consumer.models.items():
+        if model != ANY:
+            yield from (((*here, model), name) for name in names_of(model, settings))
 
 
 def _check_own_models(

@@ -40,7 +40,7 @@ def _unit(consumer: ConsumerSettings, model: str, settings: ModelSettings) -> Co
     upstream = settings.upstream or model
     return evolve(
         consumer,
-        name=f"{consumer.name}/{model}",
+        name=unit_of(consumer, model),
         models=(),
         load=tuple(with_value(step, "model", upstream) for step in consumer.load),
         unload=tuple(with_value(step, "model", upstream) for step in consumer.unload),
@@ -64,25 +64,27 @@ def unit_name(consumer: ConsumerSettings, model: str | None) -> str | None:
     """
     if not isinstance(consumer.models, Mapping):
         return consumer.name
-    known = tuple(units_of(consumer))
-    if model is None and len(known) == 1 and ANY not in consumer.models:
-        return known[0].name
+    named = {one: settings for one, settings in consumer.models.items() if one != ANY}
+    if model is None and len(consumer.models) == len(named) == 1:
+        return unit_of(consumer, *named)
     if model is None:
         raise _no_model(consumer, "the request names no model")
-    for unit in known:
-        if model in names_of(consumer, unit):
-            return unit.name
+    for one, settings in named.items():
+        if model in names_of(one, settings):
+            return unit_of(consumer, one)
     if ANY not in consumer.models:
         raise _no_model(consumer, f"{consumer.name} has no model {model}")
     return None
 
 
-def names_of(consumer: ConsumerSettings, unit: ConsumerSettings) -> tuple[str, ...]:
-    """Give all names by which clients may ask for a unit."""
-    if unit.unit is None or not isinstance(consumer.models, Mapping):
-        return ()
-    aliases = consumer.models[unit.unit.model].aliases
-    return tuple(dict.fromkeys((unit.unit.model, *aliases, unit.unit.upstream)))
+def unit_of(consumer: ConsumerSettings, model: str) -> str:
+    """Give the name of the unit that one of its models is."""
+    return f"{consumer.name}/{model}"
+
+
+def names_of(model: str, settings: ModelSettings) -> tuple[str, ...]:
+    """Give all names by which clients may ask for a model."""
+    return tuple(dict.fromkeys((model, *settings.aliases, settings.upstream or model)))
 
 
 def is_model_name(text: str) -> bool:
@@ -112,7 +114,7 @@ def _with_models(settings: Settings, server: str, models: Mapping[str, ModelSett
 
 
 def _no_model(consumer: ConsumerSettings, what: str) -> BrokerError:
-    known = ", ".join(one.unit.model for one in units_of(consumer) if one.unit) or "none"
+    known = ", ".join(one for one in consumer.models if one != ANY) or "none"
     return BrokerError(
         code="no_consumer", message=f"{what}; it has: {known}", consumer=consumer.name
     )

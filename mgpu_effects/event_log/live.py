@@ -7,14 +7,14 @@ for all of them, its size is bounded, and nobody who is slow holds up the broker
 import asyncio
 import contextlib
 import re
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mgpu_effects.event_log.files import LINE_LIMIT_BYTES, GoneError, SegmentFile, segment_files
+from mgpu_effects.event_log.files import GoneError, SegmentFile, segment_files
 from mgpu_effects.event_log.format import EventLogError, encode_gap, is_whole
+from mgpu_effects.event_log.reading import readable_lines
 
 KEPT_EVENTS = 4_096
 KEPT_BYTES = 4 * 2**20
@@ -144,8 +144,8 @@ def _lines_after(files: Sequence[SegmentFile], seq: int) -> Iterator[Line]:
 
 def _whole_lines(file: SegmentFile) -> Iterator[bytes]:
     """Give what is as it was written; what is not shows by what is missing then."""
-    with contextlib.suppress(GoneError, OSError, EOFError, zlib.error), file.open() as lines:
-        for text in iter(lambda: lines.readline(LINE_LIMIT_BYTES), b""):
+    with contextlib.suppress(GoneError, OSError), file.open() as lines:
+        for text in readable_lines(lines):
             if not text.endswith(b"\n"):
                 return  # it is being written, or was cut off
             if is_whole(text):

@@ -91,7 +91,7 @@ def segment_with(directory: Path, text: bytes) -> int | None:
     """
     for file in reversed(segment_files(directory)):
         with contextlib.suppress(GoneError), file.open() as lines:
-            if any(text in line for line in _whole_lines(lines)):
+            if any(text in line for line in readable_lines(lines)):
                 return file.seq
     return None
 
@@ -102,19 +102,19 @@ def found_in(log: Path, pattern: re.Pattern[bytes]) -> Iterator[bytes]:
     """
     for path in _backwards(log):
         with contextlib.suppress(GoneError), open_log(path) as file:
-            for line in _whole_lines(file):
+            for line in readable_lines(file):
                 if found := pattern.search(line):
                     yield found[1]
 
 
-def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+def readable_lines(file: BinaryIO) -> Iterator[bytes]:
     """Give its lines, as far as it can be read; whoever decodes them will say what is wrong."""
     with contextlib.suppress(OSError, EOFError, zlib.error):
         yield from iter(lambda: file.readline(LINE_LIMIT_BYTES), b"")
 
 
 def _last_lines(file: BinaryIO) -> "deque[bytes]":
-    return deque(_whole_lines(file), maxlen=_LAST_LINES)
+    return deque(readable_lines(file), maxlen=_LAST_LINES)
 
 
 def _backwards(log: Path) -> Sequence[Path]:

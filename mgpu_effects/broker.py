@@ -41,7 +41,7 @@ from mgpu_effects.jobs import Job
 from mgpu_effects.proxy import open_session
 from mgpu_effects.services import Services
 from mgpu_effects.settings import Settings
-from mgpu_effects.units import is_model_name, units, with_model, without_model
+from mgpu_effects.units import is_model_name, unit_of, units, with_model, without_model
 from mgpu_effects.watch import Watch
 
 MakeEvent: TypeAlias = Callable[[int], Event]
@@ -165,13 +165,17 @@ class Broker:
         if not is_model_name(model):
             message = "a model's name has no spaces and at most 200 characters"
             raise BrokerError(code="bad_request", message=message, consumer=server)
-        name = f"{server}/{model}"
+        name = unit_of(server, model)
         async with self._meeting:
             if name not in self.units:
                 settings = self._room_for_a_model(server)
                 await self._take_over(with_model(settings, server, model))
                 self._met[name] = server, model
         return name
+
+    def has_met(self, server: str, model: str) -> bool:
+        """Say whether a model is known only because somebody asked for it."""
+        return unit_of(server, model) in self._met
 
     def _room_for_a_model(self, server: str) -> Settings:
         if len(self._met) < MOST_MET:
@@ -259,6 +263,10 @@ class Broker:
     async def holders(self) -> Holders | None:
         """Say who held the memory of the cards not long ago; None: nobody looked yet."""
         return await self._watch.holders()
+
+    async def models_of(self, server: str) -> list[str]:
+        """Name the models that a server lists; none where it does not answer."""
+        return await self._services.listed_models(server, self.settings.probe.timeout_s)
 
     def _look_at(self, consumer: str) -> None:
         self._watch.probe(consumer)

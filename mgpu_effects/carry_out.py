@@ -23,6 +23,7 @@ from mgpu_effects.jobs import AnswerCopy, Job, Kept, NoBody
 from mgpu_effects.proxy import serve
 from mgpu_effects.services import Services
 from mgpu_effects.settings import ConsumerSettings
+from mgpu_effects.tunnel import Tunnels
 from mgpu_effects.watch import Watch
 
 Post: TypeAlias = Callable[[Callable[[int], Event]], None]
@@ -54,6 +55,7 @@ class Executor:
         self._services = services
         self._watch = watch
         self._session = session
+        self._tunnels = Tunnels(session)
         self._clock = clock
         self._post = post
         self._jobs: dict[str, Job] = {}
@@ -143,7 +145,14 @@ class Executor:
             self._serving[request].cancel()
 
     async def finish_serving(self, within_s: float) -> None:
-        """Wait for what is served; what is not over by then is ended."""
+        """Wait for what is served; what is not over by then is ended.
+
+        A tunnel that is no work has no end of its own to wait for.
+        """
+        for request in self._serving:
+            job = self._jobs[request]
+            if job.socket is not None and job.granted is None:
+                self._end(request, SHUTTING_DOWN)
         if self._serving:
             await asyncio.wait(self._serving.values(), timeout=within_s)
         for request in self._serving:
@@ -254,7 +263,12 @@ class Executor:
         if job.gone.is_set():
             return "disconnected"
         try:
+            if job.socket is not None:
+                return await self._tunnels.serve(job, job.socket, consumer)
             return await serve(job, self._session, consumer)
+        except BrokerError as error:
+            await self._answer(job, error)
+            return "upstream_error"
         except Exception:  # noqa: BLE001 - whatever it is, it is an event
             await self._answer(job, self._defect(f"serving request {job.request}", job.consumer))
             return "upstream_error"

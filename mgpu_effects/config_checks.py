@@ -95,6 +95,16 @@ def _check_listen(settings: Settings) -> Findings:
             yield Finding(path, text, (("auth",),))
 
 
+def _check_fronts(settings: Settings) -> Findings:
+    taken = dict.fromkeys(settings.listen, "listen")
+    for name, addresses in settings.fronts.items():
+        path = ("consumers", name, "front")
+        for address in addresses:
+            owner = taken.setdefault(address, dotted(path))
+            if owner != dotted(path):
+                yield Finding(path, f"{address} is taken already, by {owner}", (("listen",),))
+
+
 def _check_auth(settings: Settings) -> Findings:
     yield from _check_twice([key.name for key in settings.auth.keys], ("auth", "keys"), "name")
 
@@ -263,7 +273,8 @@ def _check_url(settings: Settings, consumer: ConsumerSettings, path: Path) -> Fi
     host, port = match[2], int(match[3] or SCHEME_PORTS[match[1]])
     if _is_no_address(host):
         yield Finding(path, f"{host} is no IP address")
-    for address in settings.listen:
+    fronts = [address for addresses in settings.fronts.values() for address in addresses]
+    for address in (*settings.listen, *fronts):
         own_host, own_port = _host_port(address)
         own_ip = _ip(own_host)
         local = _is_loopback(own_host) or (own_ip is not None and own_ip.is_unspecified)
@@ -433,6 +444,7 @@ def _is_loopback(host: str) -> bool:
 
 CHECKS: tuple[Callable[[Settings], Findings], ...] = (
     _check_listen,
+    _check_fronts,
     _check_auth,
     _check_routing,
     _check_gpus,

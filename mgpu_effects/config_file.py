@@ -9,7 +9,6 @@ from attrs import evolve
 from mgpu_effects.config_checks import check
 from mgpu_effects.reading import ConfigError, Reader
 from mgpu_effects.settings import (
-    LATER_KEYS,
     ConsumerSettings,
     DriverSettings,
     Settings,
@@ -29,7 +28,7 @@ class ConfigErrors(Exception):  # noqa: N818 - it is a collection of them
 
 def load_settings(path: str | Path, environ: Mapping[str, str] = os.environ) -> Settings:
     """Read and check the file. Raises `ConfigErrors` with everything that is wrong."""
-    reader = Reader(str(path), environ, LATER_KEYS)
+    reader = Reader(str(path), environ)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -60,6 +60,26 @@ class Responder(Protocol):
         """Cut the connection of a client that takes nothing."""
 
 
+class Socket(Protocol):
+    """The client's end of a WebSocket. Until it is accepted, `Job.responder` may refuse it."""
+
+    @property
+    def offered(self) -> Sequence[str]:
+        """The subprotocols that the client would speak."""
+
+    async def accept(self, subprotocol: str | None, headers: Headers) -> None:
+        """Let it begin."""
+
+    async def next_message(self) -> str | bytes | None:
+        """Wait for what the client says next; None: it has gone."""
+
+    async def send(self, message: str | bytes) -> None:
+        """Send it; returns when the client took it."""
+
+    async def close(self, code: int, reason: str) -> None:
+        """Say good-bye, and see to it that it ends."""
+
+
 class Departure(asyncio.Event):
     """The client has gone. Who has to act on it at once is in `call`."""
 
@@ -138,6 +158,7 @@ class Job:
     headers: Headers  # as the client sent them, less the credentials that were for the broker
     body: Body
     responder: Responder
+    socket: Socket | None = None  # it is a WebSocket, and this is its client's end
     priority: int | None = None
     max_wait_s: float | None = None
     client: str | None = None  # its address, for X-Forwarded-For

@@ -1,8 +1,8 @@
 """One job's way to its service and back: nothing is kept, nothing added but what http.md names."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import ParamSpec
 
 from aiohttp import (
@@ -20,12 +20,11 @@ from aiohttp import (
 )
 from aiohttp.connector import Connection
 from attrs import define
-from multidict import CIMultiDict
-from yarl import URL
 
 from mgpu_core.events import Outcome
 from mgpu_effects.errors import BrokerError
-from mgpu_effects.jobs import Headers, Job
+from mgpu_effects.forwarding import request_headers, response_headers, url_of
+from mgpu_effects.jobs import Job
 from mgpu_effects.settings import ConsumerSettings
 from mgpu_effects.waiting import Begun, within
 
@@ -36,24 +35,6 @@ KEEPALIVE_S = 2
 MAX_FIELD_BYTES = 64 * 1024
 # How long cutting a client off may take.
 CUT_S = 5
-
-HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    }
-)
-# What is the broker's own to say: the body is whole by now, and Host is the upstream's.
-REPLACED = frozenset(
-    {b"content-length", b"expect", b"host", b"x-forwarded-host", b"x-forwarded-proto"}
-)
 
 OUTCOMES: Mapping[str, Outcome] = {
     "bad_consumer_url": "upstream_error",
@@ -140,8 +121,8 @@ class _Exchange:
         limits = self.consumer.timeout_s
         request = self.session.request(
             self.job.method,
-            _url(self.consumer.url.rstrip("/") + self.job.path),
-            headers=_request_headers(self.job, self.consumer),
+            url_of(self.job, self.consumer),
+            headers=request_headers(self.job, self.consumer),
             data=self.job.body.content() if self.job.body.size else None,
             allow_redirects=False,
             timeout=ClientTimeout(total=None, connect=limits.connect),
@@ -156,7 +137,7 @@ class _Exchange:
             if copy is not None:
                 copy.status = upstream.status
             responder = self.job.responder
-            headers = _response_headers(self.job, upstream)
+            headers = response_headers(self.job, upstream.raw_headers)
             await self._send(responder.start, upstream.status, headers)
             while chunk := await self._next_chunk(upstream):
                 if copy is not None:
@@ -226,64 +207,3 @@ class _Exchange:
     def _error(self, code: str, what: str, *, retryable: bool = False) -> BrokerError:
         name = self.consumer.name
         return BrokerError(code=code, message=f"{name} {what}", consumer=name, retryable=retryable)
-
-
-@lru_cache(maxsize=1024)
-def _url(text: str) -> URL:
-    """Parse it as it is: most requests go to a few addresses."""
-    return URL(text, encoded=True)
-
-
-def _request_headers(job: Job, consumer: ConsumerSettings) -> CIMultiDict[str]:
-    """Give the client's headers less what ends or is replaced here, then the configured ones."""
-    headers = CIMultiDict(
-        (_text(name), _text(value))
-        for name, value in _end_to_end(job.headers)
-        if name.lower() not in REPLACED
-    )
-    if job.body.size:
-        headers[hdrs.CONTENT_LENGTH] = str(job.body.size)
-    if job.client is not None:
-        headers[hdrs.X_FORWARDED_FOR] = ", ".join(
-            [*headers.popall(hdrs.X_FORWARDED_FOR, ()), job.client]
-        )
-    if job.copy is not None:
-        headers[hdrs.ACCEPT_ENCODING] = "identity"  # the broker reads it too
-    headers[hdrs.X_FORWARDED_PROTO] = job.scheme
-    if job.host is not None:
-        headers[hdrs.X_FORWARDED_HOST] = job.host
-    for name, value in consumer.headers.items():
-        headers[name] = value
-    return headers
-
-
-def _response_headers(job: Job, upstream: ClientResponse) -> Headers:
-    granted = job.submitted if job.granted is None else job.granted
-    return [
-        *_end_to_end(upstream.raw_headers),
-        (b"x-mgpu-request", job.request.encode()),
-        (b"x-mgpu-consumer", job.consumer.encode()),
-        (b"x-mgpu-queue-ms", b"%d" % ((granted - job.submitted) // 1000)),
-        (b"x-mgpu-load-ms", b"%d" % (job.loading_us // 1000)),
-    ]
-
-
-def _end_to_end(headers: Headers) -> Iterator[tuple[bytes, bytes]]:
-    """Leave out what is for one connection only, and what is between a client and a broker."""
-    named = frozenset(
-        token.strip().lower()
-        for name, value in headers
-        if name.lower() == b"connection"
-        for token in value.split(b",")
-    )
-    for name, value in headers:
-        lower = name.lower()
-        if lower not in HOP_BY_HOP and lower not in named and not lower.startswith(b"x-mgpu-"):
-            yield name, value
-
-
-def _text(value: bytes) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value.decode("latin-1")

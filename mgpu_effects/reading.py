@@ -80,14 +80,10 @@ def dotted(path: Path) -> str:
 class Reader:
     """Reads one file. After `read`, `errors` holds all that was wrong."""
 
-    def __init__(
-        self, file: str, environ: Mapping[str, str], later: Mapping[type, tuple[str, ...]]
-    ) -> None:
-        """`later` lists keys of a class that are right, but not for this version."""
+    def __init__(self, file: str, environ: Mapping[str, str]) -> None:
         self.errors: list[ConfigError] = []
         self._file = file
         self._environ = environ
-        self._later = later
         self._places: dict[Path, StringMark] = {}
         self._faulty: set[Path] = set()
         self._open: list[Node] = []  # the mappings and lists around what is being read
@@ -259,7 +255,7 @@ class Reader:
             where = (*path, key_node.value)
             key = keys.get(key_node.value)
             if key is None:
-                problem = self._unknown(key_node.value, cls, tuple(keys))
+                problem = _unknown(key_node.value, tuple(keys))
                 self.note(where, problem, key_node.start_mark)
                 continue
             if key.field in seen:
@@ -295,12 +291,6 @@ class Reader:
                 given = {key.value for key, _ in entries}
                 further.value = [pair for pair in further.value if pair[0].value not in given]
                 yield from self._entries(further, path)
-
-    def _unknown(self, name: str, cls: type, known: tuple[str, ...]) -> str:
-        if name in self._later.get(cls, ()):
-            return "not supported by this version"
-        hint = ", ".join(filter(None, ["unknown key", did_you_mean(name, known)]))
-        return f"{hint}; allowed: {listed(known, 'and')}"
 
     def _entries(self, node: Node, path: Path) -> Entries:
         """Give the keys and values of a mapping, those merged into it last."""
@@ -387,3 +377,8 @@ def _shown(node: Node) -> str:
     short = node.value[:SHOWN_CHARACTERS]
     short += "..." if short != node.value else ""
     return KINDS_OF_SCALAR.get(node.tag or "", "{!r}").format(short)
+
+
+def _unknown(name: str, known: tuple[str, ...]) -> str:
+    hint = ", ".join(filter(None, ["unknown key", did_you_mean(name, known)]))
+    return f"{hint}; allowed: {listed(known, 'and')}"

@@ -1,14 +1,17 @@
 """The services behind the consumers: settings, drivers, and the orders to load and unload."""
 
 import asyncio
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import jmespath
 from aiohttp import ClientSession
 
 from mgpu_core.effects import How
 from mgpu_core.events import Outcome
+from mgpu_effects.calls import CallError, call
 from mgpu_effects.drivers import Driver, make_driver
 from mgpu_effects.following import JobId, follow, result_path
 from mgpu_effects.gpu_processes import Owner, owner_of
@@ -22,11 +25,13 @@ from mgpu_effects.settings import (
     Settings,
 )
 from mgpu_effects.steps import run_steps
-from mgpu_effects.units import units
+from mgpu_effects.units import is_model_name, units
 
 # Between two questions whether a load or unload is done; and how long there may be no answer.
 ASK_AGAIN_S = 0.2
 UNTOLD_S = 5.0
+MODELS_BYTES = 1 << 20
+MODEL_IDS = jmespath.compile("data[*].id")
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +82,25 @@ class Services:
         for driver in drivers:
             if driver is not None:
                 await driver.close()
+
+    async def listed_models(self, server: str, timeout_s: float) -> list[str]:
+        """Ask a server which models it has, as OpenAI's clients do; none where it does not say."""
+        try:
+            listed = json.loads(
+                await call(
+                    self._session,
+                    self._whole[server],
+                    "GET",
+                    "/v1/models",
+                    timeout_s=timeout_s,
+                    read_bytes=MODELS_BYTES,
+                    keep=True,
+                )
+            )
+        except (CallError, ValueError):
+            return []
+        names = MODEL_IDS.search(listed) or []
+        return [name for name in names if isinstance(name, str) and is_model_name(name)]
 
     async def load(self, name: str) -> str | None:
         """Bring it up and in. None, or the code of what failed."""

@@ -41,7 +41,9 @@ from mgpu_effects.values import (
     ModelName,
     Name,
     Origin,
+    PortNumber,
     Priority,
+    RoutePattern,
     Seconds,
     Sha256,
     Signal,
@@ -57,6 +59,22 @@ Gpu = GpuIndex | Annotated[Mapping[GpuIndex, Mib], NotEmpty()] | Literal["none"]
 Kind = Literal["tts", "stt", "llm", "image"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KindName = Annotated[str, OneOf(KINDS)]
+# Where OpenAI's and Anthropic's clients ask for work, and the kind that it is.
+MODEL_PATHS: Mapping[str, Kind] = {
+    "/v1/chat/completions": "llm",
+    "/v1/completions": "llm",
+    "/v1/responses": "llm",
+    "/v1/embeddings": "llm",
+    "/v1/rerank": "llm",
+    "/v1/messages": "llm",
+    "/v1/messages/count_tokens": "llm",
+    "/v1/audio/speech": "tts",
+    "/v1/audio/transcriptions": "stt",
+    "/v1/audio/translations": "stt",
+    "/v1/images/generations": "image",
+    "/v1/images/edits": "image",
+}
+WorkName = Annotated[str, OneOf((*KINDS, *MODEL_PATHS))]
 PresetName = Annotated[str, OneOf(presets.names())]
 SamplerName = Literal["auto", "nvml", "nvidia-smi", "none", "simulated"]
 KILLED_S = 5.0  # after the grace: how long a killed process may take to give back its memory
@@ -327,8 +345,12 @@ class ConsumerSettings:
     health: Endpoint = field(
         factory=lambda: Endpoint(path="/health"), metadata=doc("liveness probe; GET /health")
     )
-    paths: Mapping[KindName, WorkEndpoint] = field(
-        factory=dict, metadata=doc("its endpoint for each kind of work that it does")
+    paths: Mapping[WorkName, WorkEndpoint] = field(
+        factory=dict,
+        metadata=doc(
+            "its endpoint for each kind of work that it does; and, where they are elsewhere than"
+            " at the same path, those for OpenAI's and Anthropic's clients"
+        ),
     )
     headers: Mapping[HeaderName, HeaderValue] = field(
         factory=dict, metadata=doc("sent with every call to it, as its API key")
@@ -422,6 +444,25 @@ class ConsumerSettings:
         default=None,
         metadata=doc(
             "how to follow its work, where it goes on after the answer; null: it does not"
+        ),
+    )
+    passive: tuple[RoutePattern, ...] = field(
+        default=("GET *",),
+        metadata=doc(
+            "what needs no GPU at `front` and /upstream/NAME/: paths, each after its method or"
+            " alone, where * stands for anything. ! before one takes it out again, and what is in"
+            " `paths` never belongs here"
+        ),
+    )
+    front: PortNumber | None = field(
+        default=None,
+        metadata=doc("a port on which the broker stands for the service, for its own clients"),
+    )
+    wait_comments_s: Seconds | None = field(
+        default=None,
+        metadata=doc(
+            "between two comments to OpenAI's and Anthropic's clients that wait for a stream; the"
+            " first commits its 200. null: only to those who ask, by X-Mgpu-Progress"
         ),
     )
     timeout_s: Timeouts = field(factory=Timeouts, metadata=doc("limits on one request"))
@@ -603,16 +644,16 @@ class Settings:
         return dict(zip(gpu_numbers(self.gpus), self.gpus, strict=True))
 
     @property
+    def fronts(self) -> Mapping[str, tuple[str, ...]]:
+        """The addresses at which the broker stands for a service, by consumer."""
+        hosts = dict.fromkeys(address.rpartition(":")[0] for address in self.listen)
+        return {
+            name: tuple(f"{host}:{consumer.front}" for host in hosts)
+            for name, consumer in self.consumers.items()
+            if consumer.front is not None
+        }
+
+    @property
     def poll_interval_s(self) -> float:
         """Give the pace of the readings: one serves all cards, as often as any of them wants."""
         return min(gpu.poll_interval_s for gpu in self.gpus)
-
-
-# Keys of the contract that come with a later version: no typing errors, but not to be ignored.
-LATER_KEYS: Mapping[type, tuple[str, ...]] = {
-    ConsumerSettings: (
-        "front",
-        "passive",
-        "wait_comments_s",
-    ),
-}

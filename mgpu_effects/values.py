@@ -19,7 +19,8 @@ Seconds = Annotated[float, Between(0.001)]
 GraceSeconds = Annotated[float, Between(0)]
 Text = Annotated[str, Matching(r"[^\0]*\S[^\0]*", "text that is not empty")]
 Argument = Annotated[str, Matching(r"[^\0]*", "text")]
-Method = Annotated[str, OneOf(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))]
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+Method = Annotated[str, OneOf(METHODS)]
 Signal = Annotated[
     str, OneOf(("TERM", "INT", "QUIT", "HUP", "KILL", "ABRT", "USR1", "USR2", "WINCH"))
 ]
@@ -45,6 +46,14 @@ Url = Annotated[
     ),
 ]
 UrlPath = Annotated[str, Matching(r"/[^\s#]*", "a path that begins with /")]
+RoutePattern = Annotated[
+    str,
+    Matching(
+        rf"!?(?:(?:{'|'.join(METHODS)}) )?[/*][^\s?#]*",
+        "a path such as /ws, GET /view/* or, to take it out again, !POST /prompt",
+    ),
+]
+PortNumber = Annotated[int, Between(1, 65535)]
 Origin = Annotated[
     str, Matching(r"[a-z][a-z0-9+.-]*://[^/\s]+", "an origin such as http://localhost:3000")
 ]

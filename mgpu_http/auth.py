@@ -88,6 +88,11 @@ def check_names(settings: Settings, headers: Headers) -> None:
         )
 
 
+def is_own_page(host: bytes | None, origin: bytes | None) -> bool:
+    """Say whether a page of this very address asks."""
+    return host is not None and origin in {b"http://" + host, b"https://" + host}
+
+
 def origin_allowed(settings: Settings, origin: str) -> bool:
     return origin in settings.allowed_origins
 

@@ -1,11 +1,13 @@
 """One request of one client, as the handlers see it, and the broker that they ask."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import count
 
 from attrs import define, field
 
 from mgpu_effects.broker import Broker
 from mgpu_effects.clock import Clock
+from mgpu_effects.jobs import Socket
 from mgpu_http.auth import Caller
 from mgpu_http.body import Intake
 from mgpu_http.metrics import Metrics
@@ -20,6 +22,7 @@ class Exchange:
     intake: Intake
     reply: Reply
     responder: JobResponder
+    socket: Socket | None = None  # it came as a WebSocket
     caller: Caller = field(factory=Caller)
     kind: str | None = None  # of work, None where it asks the broker itself
     consumer: str = ""  # who does the work; empty before that is known
@@ -33,3 +36,8 @@ class Service:
     clock: Clock
     metrics: Metrics
     reload: Callable[[], Awaitable[None]]
+    _numbers: Iterator[int] = field(factory=lambda: count(1))
+
+    def new_id(self) -> str:
+        """Name a request."""
+        return f"{self.broker.run}-{next(self._numbers)}"

@@ -8,8 +8,9 @@ from attrs import frozen
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mgpu_effects.settings import KINDS
-from mgpu_http import events, steer, work
+from mgpu_effects.settings import KINDS, MODEL_PATHS
+from mgpu_effects.values import METHODS
+from mgpu_http import catalogue, events, steer, work
 from mgpu_http.auth import Access
 from mgpu_http.exchange import Exchange, Service
 
@@ -56,6 +57,38 @@ WORK = tuple(
     for kind in KINDS
 )
 
+BY_MODEL = tuple(
+    Operation(
+        method="POST",
+        path=path,
+        access="client",
+        handler=work.by_model,
+        id=path.removeprefix("/v1/").replace("/", "_"),
+        summary=f"Work of the kind {kind}, by who has the model that the body names",
+        answer="the service's own answer",
+        parameters=(MAX_WAIT, PRIORITY),
+        takes_body=True,
+        kind=kind,
+    )
+    for path, kind in MODEL_PATHS.items()
+)
+
+UPSTREAM = tuple(
+    Operation(
+        method=method,
+        path="/upstream/{consumer}/{path:path}",
+        access="client",
+        handler=work.upstream,
+        id=f"upstream_{method.lower()}",
+        summary="Anything that a service offers, at its own path; a WebSocket is a GET",
+        answer="the service's own answer",
+        parameters=(MAX_WAIT, PRIORITY),
+        takes_body=method not in {"GET", "DELETE", "OPTIONS"},
+    )
+    for method in METHODS
+    if method != "HEAD"  # every GET answers it
+)
+
 AUDIO = Operation(
     method="GET",
     path="/audio/{path:path}",
@@ -91,6 +124,8 @@ PLAIN_ROWS: tuple[tuple[str, str, Access, Handler, str, str], ...] = (
     ("GET", "/", "open", steer.about, "about", "What this is"),
     ("GET", "/healthz", "open", steer.health, "health", "Whether the broker lives"),
     ("GET", "/v1/status", "client", steer.status, "status", "Everything at a glance"),
+    ("GET", "/v1/models", "client", catalogue.models, "models", "The models of all services"),
+    ("GET", "/v1/models/{id:path}", "client", catalogue.model, "model", "One of them"),
     ("GET", "/metrics", "client", steer.metrics, "metrics", "The same for Prometheus"),
     (
         "GET",
@@ -133,4 +168,12 @@ EVENTS = Operation(
     ),
 )
 
-OPERATIONS: tuple[Operation, ...] = (*WORK, AUDIO, *PLAIN, EVENTS, *STEERING)
+OPERATIONS: tuple[Operation, ...] = (
+    *WORK,
+    *BY_MODEL,
+    *UPSTREAM,
+    AUDIO,
+    *PLAIN,
+    EVENTS,
+    *STEERING,
+)

@@ -13,7 +13,10 @@ from mgpu_effects.errors import BrokerError
 from mgpu_effects.jobs import Headers
 from mgpu_effects.waiting import within
 from mgpu_http.body import Intake
+from mgpu_http.dialects import Dialect
 
+BEGINNINGS = {"http.response.start", "websocket.accept"}
+SWITCHED = 101  # the status of a WebSocket that was accepted
 LINGER_S = 2.0
 TAKES_NOTHING_S = 60  # for an answer of ours; for a consumer's it is `timeout_s.client_write`
 
@@ -58,14 +61,16 @@ class Reply:
         self._intake.watch()
         if self._intake.gone.is_set() or self.over:
             return
-        if message["type"] == "http.response.start":
+        if message["type"] in BEGINNINGS:
             if self.began:
                 self.cut()
                 return
             self.began = True
-            self.status = message["status"]
+            self.status = message.get("status", SWITCHED)
             message = {**message, "headers": self._merged(message.get("headers", ()))}
-        elif not message.get("more_body", False):
+        elif message["type"] == "websocket.close":
+            self.complete = True
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
             await self._linger(message)
             self.complete = True
         await self._send(message)
@@ -101,6 +106,7 @@ class JobResponder:
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
         self.error: BrokerError | None = None
+        self.dialect: Dialect = BrokerError.to_json  # in which its client reads errors
 
     async def start(self, status: int, headers: Headers) -> None:
         await self._reply.pass_on(
@@ -118,7 +124,7 @@ class JobResponder:
         if self._reply.began:
             self.cut()
             return
-        answer = error_response(error)
+        answer = error_response(error, self.dialect)
         head = {"type": "http.response.start", "status": error.status}
         await self._reply.send({**head, "headers": answer.raw_headers})
         await self._reply.send(
@@ -137,7 +143,7 @@ class JobResponder:
         return str(self._reply.status) if whole else "gone"
 
 
-def error_response(error: BrokerError) -> JSONResponse:
+def error_response(error: BrokerError, dialect: Dialect) -> JSONResponse:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
@@ -145,4 +151,4 @@ def error_response(error: BrokerError) -> JSONResponse:
         headers["x-should-retry"] = "false"
     if error.consumer is not None:
         headers["x-mgpu-consumer"] = error.consumer
-    return JSONResponse(error.to_json(), error.status, headers)
+    return JSONResponse(dialect(error), error.status, headers)

@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from attrs import evolve
@@ -19,7 +20,10 @@ from mgpu_effects.broker import Broker
 from mgpu_effects.clock import Clock
 from mgpu_effects.config_file import ConfigErrors, load_settings
 from mgpu_effects.errors import BrokerError
-from mgpu_http.app import make_app
+from mgpu_effects.reading import ConfigError
+from mgpu_effects.settings import Settings
+from mgpu_effects.tunnel import MAX_MESSAGE_BYTES
+from mgpu_http.app import Facade, make_app
 from mgpu_http.connection import Connection
 from mgpu_http.service_manager import ServiceManager
 
@@ -32,6 +36,9 @@ KEEP_ALIVE_S = 20  # also how long a client may take for the head of its request
 # Beyond this Hypercorn ends the connection with a bare 431; below it the façade refuses.
 MAX_HEAD_BYTES = 128 * 1024
 NEEDS_RESTART = ("listen", "event_log")
+# TCP asks a client that is silent for so long whether it is still there, so often, so many times:
+# nothing else would ever notice that the other end of an idle WebSocket has vanished.
+KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
 LAST_ANSWERS_S = 5  # between the end of the broker and the end of all connections
 
 TOO_MANY = BrokerError(
@@ -45,17 +52,19 @@ TOO_MANY = BrokerError(
 class Server:
     """Accepts connections and serves them, until it is told to stop."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = ASGIWrapper(app)  # type: ignore[arg-type]
+    def __init__(self) -> None:
         self._config = hypercorn_config()
         self._context = WorkerContext(None)
         self._listeners: list[asyncio.Server] = []
         self.connections: dict[asyncio.Task[None], Connection] = {}
 
-    async def listen(self, sockets: Iterable[socket.socket]) -> None:
-        for sock in sockets:
-            listener = await asyncio.start_server(self._accept, sock=sock, backlog=BACKLOG)
-            self._listeners.append(listener)
+    async def listen(self, sock: socket.socket, app: ASGIApp) -> asyncio.Server:
+        """Serve what comes there by the application; closing what this gives ends that."""
+        wrapped = ASGIWrapper(app)  # type: ignore[arg-type]
+        accept = partial(self._accept, wrapped)
+        listener = await asyncio.start_server(accept, sock=sock, backlog=BACKLOG)
+        self._listeners.append(listener)
+        return listener
 
     def stop_accepting(self) -> None:
         for listener in self._listeners:
@@ -72,14 +81,16 @@ class Server:
             task.cancel()
         await asyncio.gather(*self.connections, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(
+        self, app: ASGIWrapper, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         if len(self.connections) >= MAX_CONNECTIONS:
             await turn_away(writer)
             return
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
-        connection = Connection(self._app, loop, self._config, self._context, {}, reader, writer)
+        connection = Connection(app, loop, self._config, self._context, {}, reader, writer)
         self.connections[task] = connection
         try:
             await connection
@@ -95,6 +106,7 @@ def hypercorn_config() -> Config:
     config.include_date_header = False  # the upstream's passes; `Reply` adds one of ours
     config.keep_alive_timeout = KEEP_ALIVE_S
     config.h11_max_incomplete_size = MAX_HEAD_BYTES
+    config.websocket_max_message_size = MAX_MESSAGE_BYTES
     config.errorlog = logging.getLogger("hypercorn.error")
     return config
 
@@ -123,6 +135,9 @@ def bind(addresses: Iterable[str]) -> list[socket.socket]:
         # asyncio sets it only on sockets that name their protocol; connections inherit it. Without
         # it the end of an answer waits 40 ms for the client to confirm its beginning.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
         sockets.append(sock)
     return sockets
 
@@ -131,13 +146,41 @@ def family_of(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
+class Fronts:
+    """The ports at which the broker stands for single services, as the configuration has them."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._app: Facade | None = None
+        self._open: dict[str, asyncio.Server] = {}
+
+    async def begin(self, app: Facade, settings: Settings) -> None:
+        """Open those of the first configuration; raises OSError that names the address."""
+        self._app = app
+        await self.follow(settings)
+
+    async def follow(self, settings: Settings) -> None:
+        """Open what is new, then close what is no more.
+
+        Raises OSError where an address is taken, and then nothing has changed.
+        """
+        assert self._app is not None
+        wanted = {address for addresses in settings.fronts.values() for address in addresses}
+        new = sorted(wanted - self._open.keys())
+        for address, sock in zip(new, bind(new), strict=True):
+            self._open[address] = await self._server.listen(sock, self._app.front(address))
+        for address in self._open.keys() - wanted:
+            self._open.pop(address).close()
+
+
 class Reloader:
     """Reads the file anew, and lets the broker go on with the old one where it is wrong."""
 
-    def __init__(self, broker: Broker, path: Path, manager: ServiceManager) -> None:
+    def __init__(self, broker: Broker, path: Path, manager: ServiceManager, fronts: Fronts) -> None:
         self._broker = broker
         self._path = path
         self._manager = manager
+        self._fronts = fronts
 
     async def __call__(self) -> None:
         """Take the new configuration over; raises `ConfigErrors`."""
@@ -151,6 +194,10 @@ class Reloader:
             if getattr(new, name) != old:
                 log.warning("a new `%s` takes effect with the next start", name)
                 new = evolve(new, **{name: old})
+        try:
+            await self._fronts.follow(new)
+        except OSError as error:
+            raise ConfigErrors((ConfigError(str(self._path), 1, 1, "", str(error)),)) from error
         await self._broker.reload(new)
         log.info("%s was read anew", self._path)
 
@@ -172,8 +219,10 @@ async def serve(path: Path) -> int:
     broker = Broker(load_settings(path), clock=clock)
     allow_open_files()
     sockets = bind(broker.settings.listen)
-    reloader = Reloader(broker, path, manager)
-    server = Server(make_app(broker, clock, reloader))
+    server = Server()
+    fronts = Fronts(server)
+    reloader = Reloader(broker, path, manager, fronts)
+    app = make_app(broker, clock, reloader)
     stopping = asyncio.Event()
     reloads: set[asyncio.Task[None]] = set()
 
@@ -186,11 +235,15 @@ async def serve(path: Path) -> int:
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stopping.set)
     loop.add_signal_handler(signal.SIGHUP, reload)
+    await fronts.begin(app, broker.settings)
     await broker.start()
-    await server.listen(sockets)
+    for sock in sockets:
+        await server.listen(sock, app)
     urls = [url_of(sock) for sock in sockets]
     for url in urls:
         log.info("listening on %s", url)
+    for consumer, addresses in broker.settings.fronts.items():
+        log.info("listening for clients of %s on %s", consumer, " ".join(addresses))
     manager.tell("READY=1", f"STATUS=listening on {' '.join(urls)}")
     beats = asyncio.create_task(manager.keep_alive(broker.takes_events))
     failed = await first(stopping, broker.failed) is broker.failed

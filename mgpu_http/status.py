@@ -119,6 +119,18 @@ def explained(state: State, waits: Waits, request: str, now: int) -> dict[str, A
     return {**row, **encode_explanation(told), "summary": summary(told)}
 
 
+def describe(state: State, waits: Waits, request: str) -> str:
+    """Say in one line where a request stands."""
+    known = state.requests.get(request)
+    if known is None or known.phase is Phase.SERVING:
+        return "being served"
+    promoted, others = walk_order(state)
+    queue = [*promoted, *others]
+    place = f"position {queue.index(request) + 1} of {len(queue)}" if request in queue else "next"
+    reason = waits.reason(request)
+    return f"{place}: waits {reason['text']}" if reason else place
+
+
 def request_rows(state: State, waits: Waits, now: int) -> list[dict[str, Any]]:
     """Give a row for each admitted request: those served, those joined to a swap, the queue."""
     promoted, others = walk_order(state)

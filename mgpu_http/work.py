@@ -1,7 +1,9 @@
 """Work for the consumers: everything that is proxied."""
 
 import math
+from urllib.parse import unquote
 
+from attrs import frozen
 from starlette import requests
 from starlette.types import Scope
 
@@ -10,77 +12,243 @@ from mgpu_core.events import Cancel, Request
 from mgpu_core.requests import refusal
 from mgpu_effects.errors import SHUTTING_DOWN, BrokerError, of_reject
 from mgpu_effects.jobs import Body, Headers, Job
-from mgpu_effects.settings import ConsumerSettings, Kind
-from mgpu_effects.units import unit_name
-from mgpu_http.auth import CREDENTIALS, Caller
-from mgpu_http.body import ClientGoneError, SpooledBody, refuse_beyond
+from mgpu_effects.passive import is_passive
+from mgpu_effects.settings import (
+    KINDS,
+    MODEL_PATHS,
+    ConsumerSettings,
+    Kind,
+    Timeouts,
+    WorkEndpoint,
+)
+from mgpu_effects.units import server_of, unit_name
+from mgpu_http.auth import CREDENTIALS, Caller, is_own_page
+from mgpu_http.body import SpooledBody, refuse_beyond
+from mgpu_http.dialects import dialect_of
 from mgpu_http.exchange import Exchange, Service
-from mgpu_http.models import asked_model, renamed
+from mgpu_http.models import FIELD, Asked, asked_model, renamed
 from mgpu_http.paths import with_query
+from mgpu_http.progress import COMMENT_S, Progress, streams
+from mgpu_http.status import describe
+
+
+@frozen(kw_only=True)
+class Errand:
+    """What is asked of which service: `path` is under its URL, query included."""
+
+    consumer: ConsumerSettings
+    kind: str
+    method: str
+    path: str
+    waits: bool = False  # the client wants the finished work
+
+
+@frozen
+class Taken:
+    """A body that is here whole, and the model that it asks for, as far as that was looked for."""
+
+    body: SpooledBody
+    asked: Asked | None = None
+
+    @property
+    def model(self) -> str | None:
+        return self.asked.model if self.asked else None
 
 
 async def work(service: Service, exchange: Exchange, request: requests.Request, kind: Kind) -> None:
-    """POST /v1/KIND: the body is taken in whole, scheduled, then proxied to who does that kind.
+    """POST /v1/KIND: who is routed for the kind does it, at its own path for that kind.
 
     What can be refused without the body is refused before it is read.
     """
-    consumer = routed(service, kind)
+    consumer = server_of(service.broker.settings, kind, None)
     exchange.consumer = consumer.name
     endpoint = consumer.paths.get(kind)
     if endpoint is None:
         raise BrokerError(code="no_consumer", message=f"{consumer.name} has no path for {kind}")
     waits, query = asked_to_wait(request, consumer)
-    priority = asked_priority(request, exchange.caller, consumer)
-    max_wait_s = asked_max_wait_s(request)
-    limit_bytes = service.broker.settings.max_body_mib << 20
-    refuse_beyond(limit_bytes, int(request.headers.get("content-length", "0")))
-    if consumer.name in service.broker.units:
-        await refuse_early(service, exchange, consumer.name, kind)
+    path = with_query(endpoint.path, query)
+    errand = Errand(consumer=consumer, kind=kind, method=endpoint.method, path=path, waits=waits)
+    await schedule(service, exchange, request, errand)
+
+
+async def by_model(service: Service, exchange: Exchange, request: requests.Request) -> None:
+    """POST of OpenAI's and Anthropic's clients: who has the model does it, at the same path."""
+    path: str = request.scope["path"]
+    kind = MODEL_PATHS[path]
+    taken = await take_in(service, exchange, request, Timeouts(), look=True)
     try:
-        body = await exchange.intake.take(limit_bytes, consumer.timeout_s.upload)
-    except ClientGoneError:
-        return
-    try:
-        name, body = await unit_of(service, consumer, body, request)
-    except BaseException:
-        body.close()
+        consumer = server_of(service.broker.settings, kind, taken.model)
+    except BrokerError:
+        taken.body.close()
         raise
+    endpoint = consumer.paths.get(path, WorkEndpoint(path=path))
+    target = with_query(endpoint.path, request.scope["query_string"])
+    errand = Errand(consumer=consumer, kind=kind, method=endpoint.method, path=target)
+    await submit(service, exchange, request, errand, taken)
+
+
+async def upstream(service: Service, exchange: Exchange, request: requests.Request) -> None:
+    """/upstream/CONSUMER/PATH: the same as at the consumer's `front` port."""
+    raw_path: bytes = request.scope["raw_path"]
+    _, _, _, path = raw_path.split(b"/", 3)
+    await through(service, exchange, request, request.path_params["consumer"], b"/" + path)
+
+
+async def through(
+    service: Service, exchange: Exchange, request: requests.Request, name: str, raw_path: bytes
+) -> None:
+    """Anything that a service offers, at the path that it has there; `passive` needs no lease."""
+    consumer = service.broker.settings.consumers.get(name)
+    if consumer is None:
+        raise BrokerError(code="no_consumer", message=f"there is no consumer {name}")
     exchange.consumer = name
-    job = make_job(
-        exchange,
-        request.scope,
-        body,
-        consumer=name,
-        kind=kind,
-        method=endpoint.method,
-        path=with_query(endpoint.path, query),
-        priority=priority,
-        max_wait_s=max_wait_s,
+    path = unquote(raw_path.decode("ascii"))
+    exchange.responder.dialect = dialect_of(path)
+    exchange.kind = kind_of(consumer, path)
+    errand = Errand(
+        consumer=consumer,
+        kind=exchange.kind,
+        method=request.method,
+        path=with_query(raw_path.decode("ascii"), request.scope["query_string"]),
     )
-    job.waits = waits
-    service.broker.submit(job)
-    await see_through(service, exchange, job)
+    if is_passive(consumer, request.method, path):
+        await relay(service, exchange, request, errand)
+    else:
+        await schedule(service, exchange, request, errand)
+
+
+def kind_of(consumer: ConsumerSettings, path: str) -> str:
+    """Say what kind of work a path is: as `paths` has it, else what the service does in general."""
+    kinds = [kind for kind in consumer.paths if kind in KINDS]
+    named = [kind for kind in kinds if consumer.paths[kind].path == path]
+    return MODEL_PATHS.get(path) or next(iter([*named, *kinds]), "other")
 
 
 async def audio(service: Service, exchange: Exchange, request: requests.Request) -> None:
     """GET /audio/*: proxied to the `audio_proxy` consumer, without a lease."""
     settings = service.broker.settings
-    if service.broker.state.stopping:
-        raise SHUTTING_DOWN
     if settings.audio_proxy is None:
         raise BrokerError(code="no_consumer", message="no consumer is the `audio_proxy`")
-    exchange.consumer = settings.audio_proxy
-    job = make_job(
-        exchange,
-        request.scope,
-        SpooledBody(),
-        consumer=settings.audio_proxy,
-        kind="audio",
-        method=request.method,
-        path=with_query(request.scope["raw_path"].decode("ascii"), request.scope["query_string"]),
-    )
+    consumer = settings.consumers[settings.audio_proxy]
+    exchange.consumer = consumer.name
+    path = with_query(request.scope["raw_path"].decode("ascii"), request.scope["query_string"])
+    errand = Errand(consumer=consumer, kind="audio", method=request.method, path=path)
+    await relay(service, exchange, request, errand)
+
+
+# ------------------------------------------------------------------------------- their way
+
+
+async def relay(
+    service: Service, exchange: Exchange, request: requests.Request, errand: Errand
+) -> None:
+    """Pass it on at once."""
+    if service.broker.state.stopping:
+        raise SHUTTING_DOWN
+    limits = errand.consumer.timeout_s
+    taken = await take_in(service, exchange, request, limits, look=False)
+    job = make_job(exchange, request.scope, taken.body, errand, errand.consumer.name)
     service.broker.relay(job)
     await see_through(service, exchange, job)
+
+
+async def schedule(
+    service: Service, exchange: Exchange, request: requests.Request, errand: Errand
+) -> None:
+    """Let it wait for its turn; what can be refused without its body is refused before."""
+    asked_max_wait_s(request)
+    asked_priority(request, exchange.caller, errand.consumer)
+    refuse_too_long(service, request)
+    server = errand.consumer
+    one_unit = server.name in service.broker.units
+    if one_unit:
+        await refuse_early(service, exchange, server.name, errand.kind)
+    taken = await take_in(service, exchange, request, server.timeout_s, look=not one_unit)
+    await submit(service, exchange, request, errand, taken)
+
+
+async def submit(
+    service: Service, exchange: Exchange, request: requests.Request, errand: Errand, taken: Taken
+) -> None:
+    """Give it to the broker, and see it through."""
+    body, asked = taken.body, taken.asked
+    progress = None
+    try:
+        model = taken.model or request.query_params.get(FIELD)
+        name = await unit_for(service, errand.consumer, model)
+        unit = service.broker.units[name].unit
+        if asked is not None and unit is not None and asked.model != unit.upstream:
+            body = await renamed(body, asked, unit.upstream)
+        exchange.consumer = name
+        job = make_job(exchange, request.scope, body, errand, name)
+        job.priority = asked_priority(request, exchange.caller, errand.consumer)
+        job.max_wait_s = asked_max_wait_s(request)
+        job.waits = errand.waits
+        every_s = comments_every_s(request, errand.consumer)
+        if every_s is not None and await streams(body):
+            job.responder = progress = progress_of(service, exchange, job, every_s)
+        service.broker.submit(job)
+    except BaseException:
+        body.close()
+        raise
+    try:
+        await see_through(service, exchange, job)
+    finally:
+        if progress is not None:
+            progress.stop()
+
+
+def comments_every_s(request: requests.Request, consumer: ConsumerSettings) -> float | None:
+    """Say how often the client of a stream wants to hear that it waits; None: never.
+
+    The configuration can't know what other clients than those of OpenAI and Anthropic can read.
+    """
+    asked = request.headers.get("x-mgpu-progress")
+    if asked not in {None, "sse"}:
+        raise BrokerError(code="bad_request", message="X-Mgpu-Progress is sse, or left out")
+    if asked is None and request.scope["path"] not in MODEL_PATHS:
+        return None
+    return consumer.wait_comments_s or (COMMENT_S if asked else None)
+
+
+def progress_of(service: Service, exchange: Exchange, job: Job, every_s: float) -> Progress:
+    def place() -> str:
+        return describe(service.broker.state, service.broker.waits, job.request)
+
+    def waited() -> str:
+        granted = job.submitted if job.granted is None else job.granted
+        queue_ms, load_ms = (granted - job.submitted) // 1000, job.loading_us // 1000
+        return f"x-mgpu-queue-ms: {queue_ms}, x-mgpu-load-ms: {load_ms}"
+
+    return Progress(exchange.responder, every_s, place, waited)
+
+
+async def take_in(
+    service: Service,
+    exchange: Exchange,
+    request: requests.Request,
+    limits: Timeouts,
+    *,
+    look: bool,
+) -> Taken:
+    """Take the body in whole, and look for its model; raises what `Intake.take` does."""
+    refuse_too_long(service, request)
+    body = await exchange.intake.take(limit_bytes(service), limits.upload)
+    if not look or not body.size:
+        return Taken(body)
+    try:
+        return Taken(body, await asked_model(body, request.headers.get("content-type", "")))
+    except BaseException:
+        body.close()
+        raise
+
+
+def refuse_too_long(service: Service, request: requests.Request) -> None:
+    refuse_beyond(limit_bytes(service), int(request.headers.get("content-length", "0")))
+
+
+def limit_bytes(service: Service) -> int:
+    return service.broker.settings.max_body_mib << 20
 
 
 async def see_through(service: Service, exchange: Exchange, job: Job) -> None:
@@ -98,7 +266,7 @@ async def see_through(service: Service, exchange: Exchange, job: Job) -> None:
         service.metrics.waited(job.consumer, job.kind, job.granted - job.submitted)
 
 
-async def refuse_early(service: Service, exchange: Exchange, consumer: str, kind: Kind) -> None:
+async def refuse_early(service: Service, exchange: Exchange, consumer: str, kind: str) -> None:
     """Raise the scheduler's refusal, if it has one, before the body is read.
 
     A refusal is a decision like any other: it is taken by the scheduler itself and recorded. The
@@ -119,58 +287,34 @@ async def refuse_early(service: Service, exchange: Exchange, consumer: str, kind
     await broker.apply(lambda at: Cancel(at=at, request=exchange.id))
 
 
-async def unit_of(
-    service: Service, consumer: ConsumerSettings, body: SpooledBody, request: requests.Request
-) -> tuple[str, SpooledBody]:
-    """Give the unit that a request goes to, and the body that names its model as its service does.
+async def unit_for(service: Service, consumer: ConsumerSettings, model: str | None) -> str:
+    """Name the unit that a request goes to.
 
-    Where the consumer is one unit by itself, what the body asks for is the service's business.
+    Where the consumer is one unit by itself, what is asked for is the service's business.
     """
     broker = service.broker
     if consumer.name in broker.units:
-        return consumer.name, body
-    asked = await asked_model(body, request.headers.get("content-type", ""))
-    model = asked.model if asked else None
-    name = unit_name(consumer, model) or await broker.meet(consumer.name, model or "")
-    unit = broker.units[name].unit
-    if asked is not None and unit is not None and asked.model != unit.upstream:
-        body = await renamed(body, asked, unit.upstream)
-    return name, body
+        return consumer.name
+    return unit_name(consumer, model) or await broker.meet(consumer.name, model or "")
 
 
-def routed(service: Service, kind: Kind) -> ConsumerSettings:
-    settings = service.broker.settings
-    name = settings.routing.get(kind)
-    if name is None or name not in settings.consumers:
-        raise BrokerError(code="no_consumer", message=f"nothing is routed for {kind}")
-    return settings.consumers[name]
-
-
-def make_job(
-    exchange: Exchange,
-    scope: Scope,
-    body: Body,
-    *,
-    consumer: str,
-    kind: str,
-    method: str,
-    path: str,
-    priority: int | None = None,
-    max_wait_s: float | None = None,
-) -> Job:
+def make_job(exchange: Exchange, scope: Scope, body: Body, errand: Errand, unit: str) -> Job:
     headers: Headers = scope["headers"]
-    host = next((value for name, value in headers if name == b"host"), None)
+    given = dict(headers)
+    host, origin = given.get(b"host"), given.get(b"origin")
+    # The façade has looked at where a page comes from; by the service's own name it would be
+    # another one's, and be refused.
+    left_out = CREDENTIALS | ({b"origin"} if is_own_page(host, origin) else set())
     return Job(
         request=exchange.id,
-        consumer=consumer,
-        kind=kind,
-        method=method,
-        path=path,
-        headers=[(name, value) for name, value in headers if name not in CREDENTIALS],
+        consumer=unit,
+        kind=errand.kind,
+        method=errand.method,
+        path=errand.path,
+        headers=[(name, value) for name, value in headers if name not in left_out],
         body=body,
         responder=exchange.responder,
-        priority=priority,
-        max_wait_s=max_wait_s,
+        socket=exchange.socket,
         client=scope["client"][0],
         scheme=scope["scheme"],
         host=host.decode("latin-1") if host is not None else None,

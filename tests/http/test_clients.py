@@ -178,7 +178,8 @@ async def test_a_slow_reader_slows_the_upstream_and_costs_no_memory(
         await client.send("POST", "/v1/tts", f"X-Upstream: do=bytes size={size}", body=b"")
         assert (await client.head()).headers["content-length"] == str(size)
         await asyncio.sleep(1)  # enough for all of it, were it not held back
-        assert upstream.stats()["active"] == 1  # it has not got rid of it
+        # It has not got rid of it; the other may be a probe.
+        assert upstream.stats()["active"] in {1, 2}
         grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
         assert grown_kib < 32 << 10
         client.reset()
@@ -298,13 +299,15 @@ async def test_a_closed_idle_connection_is_let_go_at_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
-async def test_no_other_protocol_is_spoken(upgrade: str, tmp_path: Path) -> None:
+async def test_who_asks_for_another_protocol_gets_an_answer_in_this_one(
+    upgrade: str, tmp_path: Path
+) -> None:
     async with facade(tmp_path, config(None)) as broker, broker.connect() as client:
         headers = [f"Upgrade: {upgrade}", "Connection: Upgrade", "HTTP2-Settings: AAMAAABk"]
         websocket = ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"]
         await client.send("GET", "/", *headers, *websocket)
         answer = await client.answer()
-        assert answer.status == (200 if upgrade == "h2c" else 403)
+        assert (answer.status, "version" in answer.json()) == (200, True)
 
 
 async def test_http2_by_prior_knowledge_is_not_spoken(tmp_path: Path) -> None:

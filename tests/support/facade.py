@@ -29,7 +29,7 @@ from mgpu_effects.config_file import load_settings
 from mgpu_effects.settings import Settings
 from mgpu_http.app import make_app
 from mgpu_http.connection import RESET_ON_CLOSE
-from mgpu_http.server import Reloader, Server, bind
+from mgpu_http.server import Fronts, Reloader, Server, bind
 from mgpu_http.service_manager import ServiceManager
 from tests.support.upstream import Upstream
 
@@ -75,7 +75,9 @@ class Answer:
 
     @property
     def error(self) -> str:
-        code: str = self.json()["error"]
+        """The code of the broker's error, in whatever shape its path has it."""
+        told = self.json()
+        code: str = told["error"]["code"] if isinstance(told["error"], dict) else told["error"]
         return code
 
 
@@ -111,8 +113,10 @@ class Client:
     async def answer(self, *, to_head: bool = False, limit_s: float = LIMIT_S) -> Answer:
         """Read one answer, whole or cut off; it begins within a limit."""
         answer = await self.head(limit_s)
-        if to_head or answer.status in {204, 304}:
-            return answer
+        return answer if to_head or answer.status in {204, 304} else await self.rest(answer)
+
+    async def rest(self, answer: Answer) -> Answer:
+        """Read what comes after a head that was read."""
         try:
             async with asyncio.timeout(LIMIT_S):
                 await self._body(answer)
@@ -212,12 +216,15 @@ async def facade(
     path = write_config(directory, content)
     clock = Clock()
     broker = Broker(alter(load_settings(path)), planner=planner, clock=clock)
-    server = Server(make_app(broker, clock, Reloader(broker, path, ServiceManager({}))))
-    sockets = bind(broker.settings.listen)
+    server = Server()
+    fronts = Fronts(server)
+    app = make_app(broker, clock, Reloader(broker, path, ServiceManager({}), fronts))
+    [sock] = bind(broker.settings.listen)
+    await fronts.begin(app, broker.settings)
     await broker.start()
-    await server.listen(sockets)
+    await server.listen(sock, app)
     try:
-        yield Facade(sockets[0].getsockname()[1], broker=broker, server=server, path=path)
+        yield Facade(sock.getsockname()[1], broker=broker, server=server, path=path)
     finally:
         server.stop_accepting()
         await broker.stop()

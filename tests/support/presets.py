@@ -18,7 +18,7 @@ def configuration(name: str, beside: Mapping[str, str] | None = None) -> str:
 
 def consumer(name: str) -> ConsumerSettings:
     """Give the settings of a consumer that says nothing but its preset, as far as may be."""
-    reader = Reader(name, {}, {})
+    reader = Reader(name, {})
     settings: Any = reader.read(configuration(name), Settings)
     assert reader.errors == []
     read: ConsumerSettings = settings.consumers["a"]

@@ -20,6 +20,8 @@ from mgpu_http.commands.output import (
 )
 
 TIMEOUT_S = 30
+# By such a part of it, what is measured has to differ from what is declared to be worth a word.
+DIFFERS = 0.1
 # Of our own error codes: what the user got wrong, rather than what went wrong.
 USERS_OWN = {"no_consumer", "not_found"}
 
@@ -110,6 +112,10 @@ CONSUMER_HEAD = (
     *("ACTIVE", "WAITING", "TOTAL", "MARKS"),
 )
 REQUEST_HEAD = ("REQUEST", "CONSUMER", "KIND", "STATE", "PLACE", "WAITED MS", "WHY")
+MEMORY_HEAD = (
+    *("CONSUMER'S MIB", "DECLARED", "API SAYS", "HOLDS NOW"),
+    *("STEADY", "LOAD PEAK", "WORK PEAK", "RESIDUE", "LOAD S", "UNLOAD S"),
+)
 FOREIGN_HEAD = ("GPU", "PID", "NO CONSUMER'S PROCESS", "MIB")
 
 
@@ -130,6 +136,10 @@ def screen(told: dict[str, Any]) -> str:
     requests = [_request_cells(row) for row in told["requests"]]
     strangers = [_foreign_cells(gpu, row) for gpu in told["gpu"] for row in gpu["foreign"] or ()]
     parts = [summary, table(GPU_HEAD, gpus), table(CONSUMER_HEAD, consumers)]
+    memory = [_memory_cells(name, row) for name, row in told["consumers"].items()]
+    measured = [row for row in memory if any(cell is not None for cell in row[2:])]
+    parts += [table(MEMORY_HEAD, measured)] if measured else []
+    parts += ["\n".join(lines)] if (lines := suggestions(told)) else []
     parts += [table(REQUEST_HEAD, requests)] if requests else []
     parts += [table(FOREIGN_HEAD, strangers)] if strangers else []
     return "\n\n".join(parts)
@@ -140,6 +150,37 @@ HEALTH = {True: "ok", False: "down", None: None}
 
 def _foreign_cells(gpu: dict[str, Any], row: dict[str, Any]) -> list[object]:
     return [gpu["index"], row["pid"], row["name"], row["mib"]]
+
+
+def _memory_cells(name: str, row: dict[str, Any]) -> list[object]:
+    memory = row["memory"]
+    measured = memory["measured"]
+    return [
+        name,
+        memory["declared_mib"],
+        memory["api_mib"],
+        memory["held_mib"],
+        measured["steady_mib"],
+        measured["load_peak_mib"],
+        measured["work_peak_mib"],
+        measured["residue_mib"],
+        memory["load_s"],
+        memory["unload_s"],
+    ]
+
+
+def suggestions(told: dict[str, Any]) -> list[str]:
+    """Say what to declare instead, of those that hold clearly more or less than was declared."""
+    lines = []
+    for name, row in told["consumers"].items():
+        declared, suggested = row["memory"]["declared_mib"], row["memory"]["suggested_mib"]
+        if declared is None or suggested is None:  # `auto`, or not to be told
+            continue
+        if abs(suggested - declared) > DIFFERS * declared:
+            lines.append(
+                f"suggest for {name}: vram_resident_mib: {suggested} (declared {declared})"
+            )
+    return lines
 
 
 def _health(row: dict[str, Any]) -> str | None:

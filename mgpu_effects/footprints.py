@@ -92,8 +92,8 @@ class Footprints:
         """What the service itself said at its last probe."""
         return self._said_mib.get(name)
 
-    def held_mib(self, name: str) -> int | None:
-        """What its processes held at the last reading; None where that can't be told.
+    def held_mib(self, name: str, card: int | None = None) -> int | None:
+        """What its processes held at the last reading, of one card or all; None: can't be told.
 
         A process of several consumers (the models of one server) tells only of one that is alone.
         """
@@ -101,12 +101,13 @@ class Footprints:
         consumer = state.config.consumers[name]
         if holders is None or holders.error is not None or not consumer.vram_mib:
             return None
-        sharers = (state.consumers.get(one) for one in holders.sharers(name, consumer.vram_mib))
+        cards = tuple(consumer.vram_mib) if card is None else (card,)
+        sharers = (state.consumers.get(one) for one in holders.sharers(name, cards))
         if any(one is not None and one.residency is not Residency.ABSENT for one in sharers):
             return None
-        held_mib = holders.held_mib(name, consumer.vram_mib)
-        declared_mib = sum(consumer.vram_mib.values())
-        if held_mib == 0 and holders.may_hide(name, consumer.vram_mib, declared_mib):
+        held_mib = holders.held_mib(name, cards)
+        declared_mib = sum(consumer.vram_mib[one] for one in cards)
+        if held_mib == 0 and holders.may_hide(name, cards, declared_mib):
             return None
         return held_mib
 

@@ -77,6 +77,10 @@ def broker_url(parser: ArgumentParser) -> None:
     )
 
 
+def top_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--once", action="store_true", help="print one screen and end")
+
+
 def consumer(parser: ArgumentParser) -> None:
     parser.add_argument("consumer", metavar="CONSUMER", help="its name in the configuration")
 
@@ -313,6 +317,13 @@ COMMANDS = (
         example="mgpu status --url http://127.0.0.1:8770",
         run="commands.remote:status",
         add=REMOTE,
+    ),
+    Command(
+        name="top",
+        help="show the same live: who holds what, what runs, who waits and why; q quits",
+        example="mgpu top --once",
+        run="commands.top:top",
+        add=(broker_url, top_arguments),
     ),
     Command(
         name="load",

@@ -24,9 +24,17 @@ def snapshot(
     requests = request_rows(state, waits, now)
     return {
         "version": VERSION,
+        "at": now,
         "run": state.run,
         "draining": state.draining,
-        "gpu": [{**row, "foreign": _foreign(row["index"], holders)} for row in gpu_rows(state)],
+        "gpu": [
+            {
+                **row,
+                "holders": _holders(state, row["index"], footprints),
+                "foreign": _foreign(row["index"], holders),
+            }
+            for row in gpu_rows(state)
+        ],
         "consumers": {
             name: {
                 **_consumer_row(state, name, consumer),
@@ -53,6 +61,21 @@ def gpu_rows(state: State) -> list[dict[str, Any]]:
                 "error": state.sample_error,
             }
         )
+    return rows
+
+
+def _holders(state: State, card: int, footprints: Footprints) -> list[dict[str, Any]]:
+    """List the consumers that hold memory of a card: as measured, else as believed."""
+    rows = []
+    for name, believed in state.consumers.items():
+        consumer = state.config.consumers[name]
+        if card not in consumer.vram_mib:
+            continue
+        mib = measured_mib = footprints.held_mib(name, card)
+        if mib is None and believed.residency is Residency.RESIDENT:
+            mib = held_mib(consumer, believed, card)
+        if mib:
+            rows.append({"consumer": name, "mib": mib, "measured": measured_mib is not None})
     return rows
 
 
@@ -145,6 +168,7 @@ def explained(state: State, waits: Waits, request: str, now: int) -> dict[str, A
         "position": None,
         "promoted": told.promoted,
         "waited_ms": told.waited_us // 1000,
+        "granted": None,
         "why": None,
     }
     return {**row, **encode_explanation(told), "summary": summary(told)}
@@ -163,6 +187,7 @@ def request_rows(state: State, waits: Waits, now: int) -> list[dict[str, Any]]:
             "position": places.get(name),
             "promoted": name in promoted,
             "waited_ms": _waited_ms(request, now),
+            "granted": request.granted,
             "why": waits.reason(name),
         }
         for name, request in state.requests.items()

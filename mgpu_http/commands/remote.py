@@ -28,30 +28,44 @@ USERS_OWN = {"no_consumer", "not_found"}
 
 def call(arguments: Namespace, method: str, path: str) -> Any:
     """Ask the broker; raises `CommandError` with its message where it refuses."""
-    url = (arguments.url or os.environ.get("MGPU_URL") or DEFAULT_URL).rstrip("/")
-    if not url.startswith(("http://", "https://")):
-        raise CommandError(f"{url} is no http or https URL", USAGE)
-    request = urllib.request.Request(url + path, method=method)  # noqa: S310 - checked above
-    if key := os.environ.get("MGPU_KEY"):
-        request.add_header("Authorization", f"Bearer {key}")
+    url = broker_url(arguments)
+    request = urllib.request.Request(  # noqa: S310 - its scheme is checked
+        url + path, method=method, headers=key_header()
+    )
     # Not through a proxy of the environment: the broker is on this host or beside it.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=TIMEOUT_S) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        raise _refused(error) from error
+        raise refused(error.code, error.read()) from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise CommandError(f"no broker answers at {url}, is it running? ({reason})") from error
+        raise silent(url, getattr(error, "reason", error)) from error
 
 
-def _refused(error: urllib.error.HTTPError) -> CommandError:
+def broker_url(arguments: Namespace) -> str:
+    url: str = (arguments.url or os.environ.get("MGPU_URL") or DEFAULT_URL).rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise CommandError(f"{url} is no http or https URL", USAGE)
+    return url
+
+
+def key_header() -> dict[str, str]:
+    key = os.environ.get("MGPU_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def silent(url: str, reason: object) -> CommandError:
+    return CommandError(f"no broker answers at {url}, is it running? ({reason})")
+
+
+def refused(status: int, body: bytes) -> CommandError:
+    """Give the broker's own words for why it refuses."""
     try:
-        told = json.load(error)
+        told = json.loads(body)
         code, text = told["error"], told["message"]
     except (ValueError, KeyError, TypeError):
-        return CommandError(f"the answer is HTTP {error.code}: is this a broker?")
+        return CommandError(f"the answer is HTTP {status}: is this a broker?")
     return CommandError(f"{code}: {text}", USAGE if code in USERS_OWN else FAILED)
 
 

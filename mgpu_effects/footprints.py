@@ -134,6 +134,8 @@ class Footprints:
     def measure(self, holders: Holders) -> None:
         """Take a reading of who holds the memory of the cards."""
         self._holders, state = holders, self._state()
+        for name in self._said_mib.keys() - state.consumers.keys():
+            del self._said_mib[name]
         for name, one in state.consumers.items():
             doing, held_mib = _doing(state, name, holders.taken), self.held_mib(name)
             if doing is None or held_mib is None or (held_mib == 0 and doing != "gone"):

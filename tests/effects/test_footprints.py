@@ -171,6 +171,9 @@ def test_the_word_of_a_service_stands_beside_what_was_measured(bench):
     assert bench.footprints.said_mib("a") == 4_700
     declared = evolve(unit, vram_resident_mib=4_000)
     assert bench.footprints.probed(declared, said) == said
+    bench.state = evolve(bench.state, consumers={"b": bench.state.consumers["b"]})
+    bench.reads(0)
+    assert bench.footprints.said_mib("a") is None  # it is no more
 
 
 # ------------------------------------------------------------------------------ over a restart

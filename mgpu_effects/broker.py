@@ -36,6 +36,7 @@ from mgpu_effects.clock import Clock
 from mgpu_effects.core_config import core_config
 from mgpu_effects.errors import SHUTTING_DOWN, BrokerError
 from mgpu_effects.event_log import EventLog, Live, default_dir, recall
+from mgpu_effects.footprints import Footprints
 from mgpu_effects.gpu_processes import Holders
 from mgpu_effects.jobs import Job
 from mgpu_effects.proxy import open_session
@@ -108,6 +109,8 @@ class Broker:
             lambda: (encode_config(self.state.config), encode_state(self.state)),
         )
 
+        self.footprints = Footprints(self._event_log.directory, lambda: self.state)
+
     # ------------------------------------------------------------------------ start, stop, reload
 
     async def start(self) -> None:
@@ -120,10 +123,11 @@ class Broker:
         if memory.state is not None:
             self.state = carried_over(memory.state, self.state.config, self._clock.now())
         self._event_log.begin(self._seq + 1)
+        self.footprints.recall()
         self._session = open_session()
         self._control = control_session()
         self._services = Services(self._control, on_exit=self._look_at)
-        self._watch = Watch(self._services, self._clock, self.post)
+        self._watch = Watch(self._services, self._clock, self.post, self.footprints)
         self._executor = Executor(
             self._services, self._watch, self._session, self._clock, self.post
         )
@@ -139,6 +143,7 @@ class Broker:
             await self.apply(lambda at: Shutdown(at=at))
         await self._executor.finish_serving(self.settings.scheduler.shutdown_grace_s)
         await self._watch.close()
+        await self.footprints.save(now=True)
         await self._executor.close()
         self._ended = True
         self._inbox.put_nowait(None)
@@ -336,6 +341,7 @@ class Broker:
         )
         self._event_log.append(record.seq, record.at, record.event, record.effects, record.notes)
         self.waits.see(record)
+        self.footprints.see(event, before, transition.state)
         for note in transition.notes:
             if note.type not in ROUTINE:
                 _decisions.info("%s", _line(note))

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,6 +25,8 @@ from mgpu_effects.proc import PROC, Process, lineage, listeners
 from mgpu_effects.settings import ConsumerSettings
 
 _PROC_TIMEOUT_S = 2.0
+# Less than that on a card is no model: what a process needs to work with a card at all.
+_CONTEXT_MIB = 256
 _RECENT_S = 1.0  # who only wants to see it waits so long for a new reading
 _UNITS = (".service", ".scope", ".slice")
 
@@ -62,7 +64,9 @@ class Owner:
         )
 
 
-def owner_of(consumer: ConsumerSettings, started_by: ConsumerSettings) -> Owner:
+def owner_of(
+    consumer: ConsumerSettings, started_by: ConsumerSettings, container_id: str | None = None
+) -> Owner:
     """Give how its processes are known, where `started_by` are the settings that they run by."""
     driver = started_by.driver
     unit = driver.systemd.unit if driver and driver.systemd else None
@@ -71,7 +75,7 @@ def owner_of(consumer: ConsumerSettings, started_by: ConsumerSettings) -> Owner:
     return Owner(
         consumer=consumer.name,
         mark=mark_of(started_by) if driver and driver.process else None,
-        cgroup=unit,
+        cgroup=unit or container_id,
         port=local_port(consumer.url),
     )
 
@@ -130,6 +134,15 @@ class Holders:
         )
         return sum(self.used_mib.get(card, 0) for card in cards) - known
 
+    def may_hide(self, consumer: str, cards: Iterable[int], least_mib: int) -> bool:
+        """Say whether what else is in use of these cards is enough to be the consumer's."""
+        return self.hidden_mib(consumer, cards) >= max(least_mib, _CONTEXT_MIB)
+
+    def sharers(self, consumer: str, cards: Iterable[int]) -> frozenset[str]:
+        """Give the other consumers that some process of this one is a process of, too."""
+        mine = (each.owners for each in self._on(cards) if consumer in each.owners)
+        return frozenset().union(*mine) - {consumer}
+
     def foreign(self, card: int) -> tuple[Holding, ...]:
         """Give what belongs to no consumer, the most first."""
         strangers = (each for each in self._on((card,)) if not each.owners)
@@ -148,7 +161,8 @@ def attribute(
     proc: Path = PROC,
 ) -> Holders:
     """Find out whose the processes are. It reads files, and may block."""
-    listening, owners = listeners(proc), tuple(owners)
+    processes, owners = tuple(processes), tuple(owners)
+    listening = listeners(proc) if processes else {}
     holdings = []
     for process in processes:
         line = lineage(process.pid, proc)
@@ -175,7 +189,7 @@ class HolderReader:
         self,
         clock: Clock,
         sampler: Callable[[], Sampler | None],
-        owners: Callable[[], tuple[Owner, ...]],
+        owners: Callable[[], Awaitable[tuple[Owner, ...]]],
     ) -> None:
         self._clock = clock
         self._sampler = sampler
@@ -199,12 +213,13 @@ class HolderReader:
         return self._last
 
     async def _read(self) -> Holders:
-        taken, sampler, owners = self._clock.now(), self._sampler(), self._owners()
+        taken, sampler = self._clock.now(), self._sampler()
         if sampler is None:
             return Holders(taken=taken, error="no_gpu")
         try:
             readings = await sampler.read()
             processes = await sampler.processes()
+            owners = await self._owners()
             return await self._proc.run(lambda: attribute(taken, readings, processes, owners))
         except SampleError as failed:
             error = failed.code

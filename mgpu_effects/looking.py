@@ -22,8 +22,6 @@ Values: TypeAlias = Mapping[str, str]
 Answers: TypeAlias = Mapping[str, object]
 
 MIB = 2**20
-# Less than that on a card is no model: what a process needs to work with a card at all.
-_CONTEXT_MIB = 256
 
 
 class UntoldError(Exception):
@@ -128,6 +126,6 @@ def _by_processes(consumer: ConsumerSettings, holders: Holders) -> tuple[bool, i
     if held_mib > residue_mib:
         return True, held_mib
     least_mib = sum(by_gpu.values()) - residue_mib
-    if holders.hidden_mib(consumer.name, by_gpu) >= max(least_mib, _CONTEXT_MIB):
+    if holders.may_hide(consumer.name, by_gpu, least_mib):
         raise UntoldError("not_its_processes")
     return False, None

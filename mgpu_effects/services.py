@@ -12,7 +12,7 @@ from aiohttp import ClientSession
 from mgpu_core.effects import How
 from mgpu_core.events import Outcome
 from mgpu_effects.calls import CallError, call
-from mgpu_effects.drivers import Driver, make_driver
+from mgpu_effects.drivers import ContainerDriver, Driver, make_driver
 from mgpu_effects.following import JobId, follow, result_path
 from mgpu_effects.gpu_processes import Owner, owner_of
 from mgpu_effects.jobs import Job
@@ -179,9 +179,18 @@ class Services:
     def server_of(self, name: str) -> str:
         return self._consumers[name].server
 
-    def owners(self) -> tuple[Owner, ...]:
+    async def owners(self) -> tuple[Owner, ...]:
         """Give how the processes of each consumer are known."""
-        return tuple(owner_of(one, self._made_from[one.server]) for one in self._consumers.values())
+        drivers = list(self._drivers.items())
+        ids = {
+            server: await driver.container_id()
+            for server, driver in drivers
+            if isinstance(driver, ContainerDriver)
+        }
+        return tuple(
+            owner_of(one, self._made_from[one.server], ids.get(one.server))
+            for one in self._consumers.values()
+        )
 
     async def follow(self, consumer: ConsumerSettings, job: Job, identity: JobId) -> Outcome:
         """Wait until a job is over; by the settings that its request was served with."""

@@ -10,6 +10,7 @@ import attrs
 from mgpu_core.config import SECOND_US
 from mgpu_core.events import Event, GpuReading, GpuSample, ProbeResult
 from mgpu_effects.clock import Clock
+from mgpu_effects.footprints import Footprints
 from mgpu_effects.gpu import SampleError, Sampler, make_sampler
 from mgpu_effects.gpu_processes import HolderReader, Holders
 from mgpu_effects.probes import ProbeFacts
@@ -54,14 +55,21 @@ class Watch:
     """Posts a `GpuSample` or a `ProbeResult` for each look, whatever happens to it."""
 
     def __init__(
-        self, services: Services, clock: Clock, post: Callable[[Callable[[int], Event]], None]
+        self,
+        services: Services,
+        clock: Clock,
+        post: Callable[[Callable[[int], Event]], None],
+        footprints: Footprints,
     ) -> None:
         self._services = services
         self._clock = clock
         self._post = post
         self._settings = Settings()
         self._sampler: Sampler | None = None
+        self._footprints = footprints
+        # One asks the cards what is free, one whose the rest is, which takes longer.
         self._sampling: Repeater | None = None
+        self._measuring: Repeater | None = None
         # The server of each consumer that is followed, and who asks each server.
         self._servers: dict[str, str] = {}
         self._probing: dict[str, Repeater] = {}
@@ -71,9 +79,10 @@ class Watch:
         old, self._settings = self._settings, settings
         if self._sampler is None or old.gpus != settings.gpus:
             await self._replace_sampler(make_sampler(settings.gpus))
-        if self._sampling is None:
+        if self._sampling is None or self._measuring is None:
             self._sampling = Repeater(self._sample, settings.poll_interval_s)
-        self._sampling.interval_s = settings.poll_interval_s
+            self._measuring = Repeater(self._measure, settings.poll_interval_s)
+        self._sampling.interval_s = self._measuring.interval_s = settings.poll_interval_s
         for repeater in self._probing.values():
             repeater.interval_s = settings.probe.interval_s
 
@@ -100,9 +109,8 @@ class Watch:
         return await self._holders.recent(round(self._settings.poll_interval_s * SECOND_US))
 
     async def close(self) -> None:
-        repeaters = list(self._probing.values())
-        if self._sampling is not None:
-            repeaters.append(self._sampling)
+        looking = (*self._probing.values(), self._sampling, self._measuring)
+        repeaters = [repeater for repeater in looking if repeater is not None]
         for repeater in repeaters:
             repeater.stop()
         await asyncio.gather(*(repeater.ended() for repeater in repeaters))
@@ -130,6 +138,10 @@ class Watch:
             error = "internal_error"
         self._post(lambda at: GpuSample(at=at, taken=taken, gpus=gpus, error=error))
 
+    async def _measure(self) -> None:
+        self._footprints.measure(await self._holders.read(since=self._clock.now()))
+        await self._footprints.save()
+
     def _prober(self, server: str) -> Callable[[], Awaitable[None]]:
         async def look() -> None:
             taken = self._clock.now()
@@ -140,6 +152,7 @@ class Watch:
         return look
 
     def _post_result(self, name: str, taken: int, facts: ProbeFacts) -> None:
+        facts = self._footprints.probed(self._services[name], facts)
         told = attrs.asdict(facts, recurse=False)
         self._post(lambda at: ProbeResult(at=at, consumer=name, taken=taken, **told))
 

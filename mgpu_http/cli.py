@@ -25,6 +25,9 @@ from mgpu_http.commands.output import DEFAULT_URL, CommandError, message
 
 INTERRUPTED_EXIT = 130  # as a shell says it of Ctrl-C
 DEFAULT_CONFIG = "config/consumers.yaml"
+SHELLS = ("bash", "zsh", "fish")
+# Those that `mgpu connect` knows.
+CLIENTS = ("openai", "anthropic", "ollama", "open-webui", "comfyui", "home-assistant")
 POINT = "an event's number, a time (2026-03-01T02:10, 02:10:05), or 10m: so long before the end"
 
 Add: TypeAlias = Callable[[ArgumentParser], None]
@@ -75,6 +78,21 @@ def broker_url(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--url", help=f"the broker [$MGPU_URL, else {DEFAULT_URL}]; $MGPU_KEY holds the key"
     )
+
+
+def top_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--once", action="store_true", help="print one screen and end")
+
+
+def client(parser: ArgumentParser) -> None:
+    known = ", ".join(CLIENTS)
+    parser.add_argument(
+        "client", metavar="CLIENT", nargs="?", choices=CLIENTS, help=f"{known} [all]"
+    )
+
+
+def shell(parser: ArgumentParser) -> None:
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
 
 
 def consumer(parser: ArgumentParser) -> None:
@@ -313,6 +331,27 @@ COMMANDS = (
         example="mgpu status --url http://127.0.0.1:8770",
         run="commands.remote:status",
         add=REMOTE,
+    ),
+    Command(
+        name="top",
+        help="show the same live: who holds what, what runs, who waits and why; q quits",
+        example="mgpu top --once",
+        run="commands.top:top",
+        add=(broker_url, top_arguments),
+    ),
+    Command(
+        name="connect",
+        help="show what to change in a client so that it goes through the broker",
+        example="mgpu connect openai --config config/consumers.yaml",
+        run="commands.connect:connect",
+        add=(client, config_file, as_json),
+    ),
+    Command(
+        name="completion",
+        help="print a script that completes this command in a shell",
+        example='eval "$(mgpu completion bash)"',
+        run="commands.completion:completion",
+        add=(shell,),
     ),
     Command(
         name="load",

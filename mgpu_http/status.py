@@ -10,22 +10,37 @@ from mgpu_core.memory import held_mib
 from mgpu_core.ordering import is_pinned, walk_order
 from mgpu_core.state import ConsumerState, Phase, RequestState, Residency, State
 from mgpu_core.why import Waits, encode_explanation, summary
+from mgpu_effects.footprints import Footprints
 from mgpu_effects.gpu_processes import Holders
 
 VERSION = version("mgpu")
 FOREIGN_SHOWN = 32  # those that hold the most
 
 
-def snapshot(state: State, waits: Waits, now: int, holders: Holders | None) -> dict[str, Any]:
+def snapshot(
+    state: State, waits: Waits, now: int, holders: Holders | None, footprints: Footprints
+) -> dict[str, Any]:
     """Give the whole answer of GET /v1/status; `now` in microseconds."""
     requests = request_rows(state, waits, now)
     return {
         "version": VERSION,
+        "at": now,
         "run": state.run,
         "draining": state.draining,
-        "gpu": [{**row, "foreign": _foreign(row["index"], holders)} for row in gpu_rows(state)],
+        "gpu": [
+            {
+                **row,
+                "holders": _holders(state, row["index"], footprints),
+                "foreign": _foreign(row["index"], holders),
+            }
+            for row in gpu_rows(state)
+        ],
         "consumers": {
-            name: _consumer_row(state, name, consumer) for name, consumer in state.consumers.items()
+            name: {
+                **_consumer_row(state, name, consumer),
+                "memory": _memory(state, name, footprints),
+            }
+            for name, consumer in state.consumers.items()
         },
         "scheduler": _scheduler_row(state),
         "requests": requests,
@@ -46,6 +61,21 @@ def gpu_rows(state: State) -> list[dict[str, Any]]:
                 "error": state.sample_error,
             }
         )
+    return rows
+
+
+def _holders(state: State, card: int, footprints: Footprints) -> list[dict[str, Any]]:
+    """List the consumers that hold memory of a card: as measured, else as believed."""
+    rows = []
+    for name, believed in state.consumers.items():
+        consumer = state.config.consumers[name]
+        if card not in consumer.vram_mib:
+            continue
+        mib = measured_mib = footprints.held_mib(name, card)
+        if mib is None and believed.residency is Residency.RESIDENT:
+            mib = held_mib(consumer, believed, card)
+        if mib:
+            rows.append({"consumer": name, "mib": mib, "measured": measured_mib is not None})
     return rows
 
 
@@ -76,6 +106,30 @@ def _consumer_row(state: State, name: str, believed: ConsumerState) -> dict[str,
         "leaky": believed.leaky_mib is not None,
         "cooldown_until": max((until for until in cooldowns if until > state.at), default=None),
         "pinned": is_pinned(state, name),
+    }
+
+
+def _memory(state: State, name: str, footprints: Footprints) -> dict[str, Any]:
+    """Give what was declared beside what was measured, on all its cards; null: not known.
+
+    Suggested is what to declare as `vram_resident_mib`, which is for a single card.
+    """
+    consumer, believed, seen = state.config.consumers[name], state.consumers[name], footprints[name]
+    tracked = len(consumer.vram_mib) == 1 and not consumer.vram_managed
+    steady_mib = believed.measured_mib if seen.steady_mib is None else seen.steady_mib
+    return {
+        "declared_mib": None if consumer.vram_auto else sum(consumer.vram_mib.values()),
+        "api_mib": footprints.said_mib(name),
+        "held_mib": footprints.held_mib(name),
+        "measured": {
+            "residue_mib": seen.residue_mib,
+            "steady_mib": seen.steady_mib,
+            "load_peak_mib": seen.load_peak_mib,
+            "work_peak_mib": seen.work_peak_mib,
+        },
+        "load_s": _s(believed.load_us),
+        "unload_s": _s(seen.unload_us),
+        "suggested_mib": steady_mib if tracked else None,
     }
 
 
@@ -114,6 +168,7 @@ def explained(state: State, waits: Waits, request: str, now: int) -> dict[str, A
         "position": None,
         "promoted": told.promoted,
         "waited_ms": told.waited_us // 1000,
+        "granted": None,
         "why": None,
     }
     return {**row, **encode_explanation(told), "summary": summary(told)}
@@ -144,6 +199,7 @@ def request_rows(state: State, waits: Waits, now: int) -> list[dict[str, Any]]:
             "position": places.get(name),
             "promoted": name in promoted,
             "waited_ms": _waited_ms(request, now),
+            "granted": request.granted,
             "why": waits.reason(name),
         }
         for name, request in state.requests.items()
@@ -155,6 +211,10 @@ def request_rows(state: State, waits: Waits, now: int) -> list[dict[str, Any]]:
 def _waited_ms(request: RequestState, now: int) -> int:
     until = now if request.granted is None else request.granted
     return max(0, until - request.at) // 1000
+
+
+def _s(us: int | None) -> float | None:
+    return None if us is None else round(us / 1_000_000, 3)
 
 
 def _ms(us: int | None) -> int | None:

@@ -29,7 +29,9 @@ async def health(service: Service, _exchange: Exchange, _request: Request) -> Re
 async def status(service: Service, _exchange: Exchange, _request: Request) -> Response:
     broker = service.broker
     holders = await broker.holders()
-    return JSONResponse(snapshot(broker.state, broker.waits, service.clock.now(), holders))
+    now = service.clock.now()
+    told = snapshot(broker.state, broker.waits, now, holders, broker.footprints)
+    return JSONResponse(told)
 
 
 async def metrics(service: Service, _exchange: Exchange, _request: Request) -> Response:

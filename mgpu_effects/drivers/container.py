@@ -1,5 +1,6 @@
 """The `container` driver: a container that exists, started and stopped by docker or podman."""
 
+import asyncio
 import logging
 import math
 
@@ -11,6 +12,8 @@ _QUERY_TIMEOUT_S = 5.0
 _START_TIMEOUT_S = 60.0  # docker answers when the container runs: its GPUs may have to wake up
 _STOP_TIMEOUT_S = 120.0  # for the container's own grace, which the broker does not know
 _POLL_S = 0.25
+_ID_S = 60.0  # it may have been made anew since the engine was asked who it is
+_ID_TIMEOUT_S = 2.0
 # What `inspect` says of a container: is there a process of it, or will there be one by itself?
 _RUNNING = {
     "running": True,
@@ -56,12 +59,15 @@ class ContainerDriver:
         self._grace_s = settings.grace_s
         self._ready_s = settings.ready_s
         self._answers = answers
+        self._id: str | None = None
+        self._id_until = -math.inf
 
     async def running(self) -> bool | None:
         return _RUNNING.get(await self._state())
 
     async def start(self) -> str | None:
         """A paused one goes on. One that is stopping has to end first."""
+        self._id_until = -math.inf
         state = await self._state()
         if state == "stopping" and (error := await self.stop()):
             return error
@@ -94,14 +100,25 @@ class ContainerDriver:
     async def close(self) -> None:
         """Nothing to end."""
 
+    async def container_id(self) -> str | None:
+        """Give the engine's id of it, asked now and then; None: it can't tell."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._id_until:
+            self._id_until = now + _ID_S
+            output, error = await self._inspect("{{.Id}}", timeout_s=_ID_TIMEOUT_S)
+            self._id = output.stdout.strip() if output and error is None else None
+        return self._id
+
     async def _why_ended(self) -> str | None:
         return "container_ended" if await self.running() is False else None
 
     async def _state(self) -> str:
         """Give the engine's word for its state, or the code of why that can't be told."""
-        query = ("container", "inspect", "--format", "{{.State.Status}}")
-        output, error = await self._run(*query, timeout_s=_QUERY_TIMEOUT_S)
+        output, error = await self._inspect("{{.State.Status}}", timeout_s=_QUERY_TIMEOUT_S)
         return output.stdout.strip() if output and error is None else str(error)
+
+    async def _inspect(self, what: str, timeout_s: float) -> tuple[Output | None, str | None]:
+        return await self._run("container", "inspect", "--format", what, timeout_s=timeout_s)
 
     async def _order(self, *verb: str, timeout_s: float) -> str | None:
         output, error = await self._run(*verb, timeout_s=timeout_s)

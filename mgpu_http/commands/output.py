@@ -38,7 +38,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [list(head), *([_shown(value) for value in row] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     numeric = [
-        all(isinstance(row[column], int | None) for row in rows) for column in range(len(head))
+        all(isinstance(row[column], int | float | None) for row in rows)
+        for column in range(len(head))
     ]
     return "\n".join(
         "  ".join(

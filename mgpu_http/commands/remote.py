@@ -20,36 +20,52 @@ from mgpu_http.commands.output import (
 )
 
 TIMEOUT_S = 30
+# By such a part of it, what is measured has to differ from what is declared to be worth a word.
+DIFFERS = 0.1
 # Of our own error codes: what the user got wrong, rather than what went wrong.
 USERS_OWN = {"no_consumer", "not_found"}
 
 
 def call(arguments: Namespace, method: str, path: str) -> Any:
     """Ask the broker; raises `CommandError` with its message where it refuses."""
-    url = (arguments.url or os.environ.get("MGPU_URL") or DEFAULT_URL).rstrip("/")
-    if not url.startswith(("http://", "https://")):
-        raise CommandError(f"{url} is no http or https URL", USAGE)
-    request = urllib.request.Request(url + path, method=method)  # noqa: S310 - checked above
-    if key := os.environ.get("MGPU_KEY"):
-        request.add_header("Authorization", f"Bearer {key}")
+    url = broker_url(arguments)
+    request = urllib.request.Request(  # noqa: S310 - its scheme is checked
+        url + path, method=method, headers=key_header()
+    )
     # Not through a proxy of the environment: the broker is on this host or beside it.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=TIMEOUT_S) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        raise _refused(error) from error
+        raise refused(error.code, error.read()) from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise CommandError(f"no broker answers at {url}, is it running? ({reason})") from error
+        raise silent(url, getattr(error, "reason", error)) from error
 
 
-def _refused(error: urllib.error.HTTPError) -> CommandError:
+def broker_url(arguments: Namespace) -> str:
+    url: str = (arguments.url or os.environ.get("MGPU_URL") or DEFAULT_URL).rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise CommandError(f"{url} is no http or https URL", USAGE)
+    return url
+
+
+def key_header() -> dict[str, str]:
+    key = os.environ.get("MGPU_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def silent(url: str, reason: object) -> CommandError:
+    return CommandError(f"no broker answers at {url}, is it running? ({reason})")
+
+
+def refused(status: int, body: bytes) -> CommandError:
+    """Give the broker's own words for why it refuses."""
     try:
-        told = json.load(error)
+        told = json.loads(body)
         code, text = told["error"], told["message"]
     except (ValueError, KeyError, TypeError):
-        return CommandError(f"the answer is HTTP {error.code}: is this a broker?")
+        return CommandError(f"the answer is HTTP {status}: is this a broker?")
     return CommandError(f"{code}: {text}", USAGE if code in USERS_OWN else FAILED)
 
 
@@ -110,6 +126,10 @@ CONSUMER_HEAD = (
     *("ACTIVE", "WAITING", "TOTAL", "MARKS"),
 )
 REQUEST_HEAD = ("REQUEST", "CONSUMER", "KIND", "STATE", "PLACE", "WAITED MS", "WHY")
+MEMORY_HEAD = (
+    *("CONSUMER'S MIB", "DECLARED", "API SAYS", "HOLDS NOW"),
+    *("STEADY", "LOAD PEAK", "WORK PEAK", "RESIDUE", "LOAD S", "UNLOAD S"),
+)
 FOREIGN_HEAD = ("GPU", "PID", "NO CONSUMER'S PROCESS", "MIB")
 
 
@@ -130,6 +150,10 @@ def screen(told: dict[str, Any]) -> str:
     requests = [_request_cells(row) for row in told["requests"]]
     strangers = [_foreign_cells(gpu, row) for gpu in told["gpu"] for row in gpu["foreign"] or ()]
     parts = [summary, table(GPU_HEAD, gpus), table(CONSUMER_HEAD, consumers)]
+    memory = [_memory_cells(name, row) for name, row in told["consumers"].items()]
+    measured = [row for row in memory if any(cell is not None for cell in row[2:])]
+    parts += [table(MEMORY_HEAD, measured)] if measured else []
+    parts += ["\n".join(lines)] if (lines := suggestions(told)) else []
     parts += [table(REQUEST_HEAD, requests)] if requests else []
     parts += [table(FOREIGN_HEAD, strangers)] if strangers else []
     return "\n\n".join(parts)
@@ -140,6 +164,37 @@ HEALTH = {True: "ok", False: "down", None: None}
 
 def _foreign_cells(gpu: dict[str, Any], row: dict[str, Any]) -> list[object]:
     return [gpu["index"], row["pid"], row["name"], row["mib"]]
+
+
+def _memory_cells(name: str, row: dict[str, Any]) -> list[object]:
+    memory = row["memory"]
+    measured = memory["measured"]
+    return [
+        name,
+        memory["declared_mib"],
+        memory["api_mib"],
+        memory["held_mib"],
+        measured["steady_mib"],
+        measured["load_peak_mib"],
+        measured["work_peak_mib"],
+        measured["residue_mib"],
+        memory["load_s"],
+        memory["unload_s"],
+    ]
+
+
+def suggestions(told: dict[str, Any]) -> list[str]:
+    """Say what to declare instead, of those that hold clearly more or less than was declared."""
+    lines = []
+    for name, row in told["consumers"].items():
+        declared, suggested = row["memory"]["declared_mib"], row["memory"]["suggested_mib"]
+        if declared is None or suggested is None:  # `auto`, or not to be told
+            continue
+        if abs(suggested - declared) > DIFFERS * declared:
+            lines.append(
+                f"suggest for {name}: vram_resident_mib: {suggested} (declared {declared})"
+            )
+    return lines
 
 
 def _health(row: dict[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mgpu_core.telling import awaited
+from mgpu_http.bars import FREE_STYLE, STRANGER_STYLE, Part, bar
 from mgpu_http.demo.report import CRASHES, OUT_OF_MEMORY, Half, Happening
 
 QUEUE_ROWS = 6
@@ -18,12 +19,12 @@ OTHER_ROWS = 12  # of everything else but the services: titles, the bar, the sco
 FREE = "free"
 DESKTOP = "desktop"
 COLOURS = {
-    DESKTOP: "white on grey37",
+    DESKTOP: STRANGER_STYLE,
     "mvoice": "#101010 on #4fc3b0",
     "whisper-server": "#101010 on #e0b040",
     "ollama": "#101010 on #7cbf5a",
     "comfyui": "#101010 on #c792ea",
-    FREE: "grey70 on grey15",
+    FREE: FREE_STYLE,
 }
 UNKNOWN_COLOUR = "#101010 on #a8a8a8"
 HAPPENED = {
@@ -139,18 +140,10 @@ def _header(snapshot: Snapshot) -> Text:
 
 
 def card_bar(snapshot: Snapshot, width: int) -> Text:
-    """Draw the card as one bar, a segment for each holder, its name in it where that fits."""
-    parts = [*snapshot.held.items(), (FREE, snapshot.free_mib)]
-    bar = Text(no_wrap=True)
-    whole_mib = max(1, snapshot.total_mib, sum(snapshot.held.values()))
-    begin, before_mib = 0, 0
-    for name, mib in parts:
-        before_mib += mib
-        end = round(before_mib / whole_mib * width)  # by the sum so far: the widths add up
-        cells, begin = end - begin, end
-        label = f" {name} {mib:,}" if len(name) + 8 < cells else f" {name}"[:cells]
-        bar.append(label.ljust(cells), COLOURS.get(name, UNKNOWN_COLOUR))
-    return bar
+    """Draw the card as one bar, a segment for each holder."""
+    holders = [*snapshot.held.items(), (FREE, snapshot.free_mib)]
+    parts = [Part(name, mib, COLOURS.get(name, UNKNOWN_COLOUR)) for name, mib in holders]
+    return bar(parts, snapshot.total_mib, width)
 
 
 def _legend(snapshot: Snapshot) -> Text:

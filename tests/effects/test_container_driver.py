@@ -9,6 +9,7 @@ import pytest
 from mgpu_effects.calls import control_session
 from mgpu_effects.drivers import make_driver
 from mgpu_effects.drivers.container import ContainerDriver
+from mgpu_effects.gpu_processes import Owner
 from mgpu_effects.services import Services
 from mgpu_effects.settings import (
     ConsumerSettings,
@@ -28,7 +29,7 @@ from tests.support.brokers import (
     submit,
 )
 from tests.support.dev_http import free_port
-from tests.support.engine import Engine
+from tests.support.engine import Engine, container_id
 from tests.support.upstream import eventually
 
 ENGINES = ["docker", "podman"]
@@ -93,6 +94,32 @@ async def test_a_paused_container_goes_on_or_ends(engine, command):
     engine.has("box", "paused")
     assert await mine.stop() is None
     assert await mine.running() is False
+
+
+@pytest.mark.parametrize("command", ENGINES)
+async def test_its_processes_are_known_by_the_id_that_the_engine_gave_it(engine, command):
+    engine.has("box", "running")
+    container = DriverSettings(container=ContainerSettings(name="box", engine=command))
+    boxed = ConsumerSettings(name="voice", url="http://127.0.0.1:9", driver=container)
+    plain = ConsumerSettings(name="other", url="http://127.0.0.1:10")
+    async with control_session() as session:
+        services = Services(session, on_exit=lambda _name: None)
+        services.configure(Settings(consumers={"voice": boxed, "other": plain}))
+        assert await services.owners() == (
+            Owner(consumer="voice", cgroup=container_id("box"), port=9),
+            Owner(consumer="other", port=10),
+        )
+
+
+async def test_its_id_is_asked_now_and_then_and_anew_after_a_start(engine):
+    mine = driver()
+    assert await mine.container_id() is None
+    engine.has("box", "created")
+    assert await mine.container_id() is None  # not yet asked again
+    assert await mine.start() is None
+    assert await mine.container_id() == container_id("box")
+    engine.behaves(says=[1, "Cannot connect to the Docker daemon"])
+    assert await mine.container_id() == container_id("box")
 
 
 async def test_what_podman_left_stopping_ends_before_it_starts(engine):

@@ -247,12 +247,16 @@ class Cards:
         raise AssertionError
 
 
+async def known(*owners: Owner) -> tuple[Owner, ...]:
+    return owners
+
+
 async def test_a_reading_tells_whose_the_memory_is(start):
     port, _, child = start()
     _, stranger, _ = start()
     cards = Cards(*(GpuProcess(0, each, mib) for each, mib in ((child, 700), (stranger, 100))))
     owner = Owner(consumer="a", port=port)
-    reader = HolderReader(Clock(), lambda: cards, lambda: (owner,))
+    reader = HolderReader(Clock(), lambda: cards, lambda: known(owner))
     found = await reader.read(0)
     assert (found.error, found.held_mib("a", [0]), found.used_mib) == (None, 700, {0: 900})
     assert [(each.pid, each.mib) for each in found.foreign(0)] == [(stranger, 100)]
@@ -262,7 +266,7 @@ async def test_a_reading_tells_whose_the_memory_is(start):
 
 async def test_readers_share_a_reading_that_began_late_enough():
     cards, clock = Cards(), Clock()
-    reader = HolderReader(clock, lambda: cards, lambda: ())
+    reader = HolderReader(clock, lambda: cards, known)
     first = await reader.read(clock.now())
     assert await reader.read(first.taken) is first
     assert (await reader.recent(10**9)) is first
@@ -282,14 +286,14 @@ async def test_readers_share_a_reading_that_began_late_enough():
 async def test_a_reading_that_fails_says_why(raised, error):
     cards, clock = Cards(), Clock()
     cards.error = raised
-    found = await HolderReader(clock, lambda: cards, lambda: ()).read(0)
+    found = await HolderReader(clock, lambda: cards, known).read(0)
     assert (found.error, found.holdings) == (error, ())
 
 
 async def test_who_only_wants_to_see_does_not_wait_for_a_card_that_hangs(monkeypatch):
     monkeypatch.setattr("mgpu_effects.gpu_processes._RECENT_S", 0.05)
     cards, clock = Cards(), Clock()
-    reader = HolderReader(clock, lambda: cards, lambda: ())
+    reader = HolderReader(clock, lambda: cards, known)
     cards.hold = asyncio.Event()
     assert await reader.recent(10**9) is None
     cards.hold = None

@@ -3,9 +3,12 @@ import asyncio
 import pytest
 from aiohttp import web
 
+from mgpu_core.config import Config
+from mgpu_core.state import initial_state
 from mgpu_effects import probes
 from mgpu_effects.calls import control_session
 from mgpu_effects.clock import Clock
+from mgpu_effects.footprints import Footprints
 from mgpu_effects.gpu_processes import Holders, Holding
 from mgpu_effects.probes import ProbeFacts
 from mgpu_effects.settings import (
@@ -311,12 +314,12 @@ async def test_a_reading_of_the_processes_has_the_same_time_limit(session):
     assert facts == ProbeFacts(healthy=True, error="residency: timeout")
 
 
-async def test_a_watch_is_closed_when_the_probe_under_way_has_ended():
+async def test_a_watch_is_closed_when_the_probe_under_way_has_ended(tmp_path):
     """A command of a driver that was cut off has to be killed and reaped first."""
     begun, reaped = asyncio.Event(), asyncio.Event()
 
     class Slow:
-        def owners(self) -> tuple[()]:
+        async def owners(self) -> tuple[()]:
             return ()
 
         def server_of(self, name: str) -> str:
@@ -330,7 +333,8 @@ async def test_a_watch_is_closed_when_the_probe_under_way_has_ended():
                 await asyncio.sleep(0.1)
                 reaped.set()
 
-    watch = Watch(Slow(), Clock(), lambda _event: None)
+    footprints = Footprints(tmp_path, lambda: initial_state(Config(consumers={})))
+    watch = Watch(Slow(), Clock(), lambda _event: None, footprints)
     await watch.configure(Settings(gpus=(GpuSettings(sampler="none"),)))
     watch.follow(["a"])
     watch.probe("a")

@@ -10,6 +10,7 @@ command really runs it: started in a session of its own, frozen and killed by si
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -60,6 +61,10 @@ class Engine:
     def close(self) -> None:
         for file in self._folder.glob("*.json"):
             Container(file).signal(signal.SIGKILL)
+
+
+def container_id(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def write(file: Path, content: dict[str, Any]) -> None:
@@ -151,7 +156,8 @@ class Command:
         return answer
 
     def _inspect(self) -> str:
-        return self._container.state
+        told = {"{{.State.Status}}": self._container.state, "{{.Id}}": container_id(self._name)}
+        return told[self._options[1]]
 
     def _start(self) -> str:
         if self._container.state == "running":

@@ -44,6 +44,9 @@ class Habits:
     mib: int = 0
     loaded: bool = True  # from its start
     lazy: bool = False
+    load_mib: int = 0  # while `/load` is answered, where that is more
+    work_mib: int = 0  # while it works, where that is more
+    residue_mib: int = 0  # what an unload leaves
     free_s: float = 0  # how long after an accepted unload the memory comes free
     port: int = 0  # 0: a free one
 
@@ -144,6 +147,8 @@ class GpuService(Server):
             whole = await super().watched(reader, writer, request)
         finally:
             self._working -= 1
+            if self._peaks and self._holds and not self._working:
+                self._card.take(self._habits.name, self._habits.mib)
         if whole:
             self._finished.append(request.target)
         return whole
@@ -156,6 +161,15 @@ class GpuService(Server):
         self._freeing = None
         self._holds = False
         self._card.give_back(self._habits.name)
+        if self._habits.residue_mib:
+            self._card.take(self._habits.name, self._habits.residue_mib)
+
+    def end(self) -> None:
+        self._card.give_back(self._habits.name)
+
+    @property
+    def _peaks(self) -> bool:
+        return bool(self._habits.load_mib or self._habits.work_mib)
 
     def _state(self) -> dict[str, object]:
         mib = self._habits.mib if self._holds else 0
@@ -166,20 +180,22 @@ class GpuService(Server):
         if request.number("status", 200) >= 400:
             return {}
         if path == "/load":
-            return self._load()
+            return self._load(self._habits.load_mib)
         if path in {"/unload", "/free"}:
             return self._unload(request)
         if self._habits.lazy:
             if not json.loads(request.body or b"{}").get("prompt"):
                 return {"do": "text", "status": "400", "body": json.dumps(NO_PROMPT)}
-            return self._load()
+            return self._load(self._habits.work_mib)
+        if self._holds and self._habits.work_mib:
+            return self._load(self._habits.work_mib)
         return {} if self._holds else {"do": "text", "status": "503", "body": "not loaded"}
 
-    def _load(self) -> dict[str, str]:
+    def _load(self, peak_mib: int = 0) -> dict[str, str]:
         if self._freeing is not None:  # an unload that was only noted comes first
             self._freeing.cancel()
             self.give_back()
-        self._holds = self._card.take(self._habits.name, self._habits.mib)
+        self._holds = self._card.take(self._habits.name, max(self._habits.mib, peak_mib))
         return {} if self._holds else {"do": "text", "status": "500", "body": "out of memory"}
 
     def _unload(self, request: Request) -> dict[str, str]:
@@ -200,7 +216,7 @@ async def main(habits: Habits) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     print(server.sockets[0].getsockname()[1], flush=True)
     await ended.wait()
-    service.give_back()
+    service.end()
     os._exit(0)  # whatever it works at
 
 

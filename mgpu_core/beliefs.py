@@ -55,7 +55,8 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
     settled = event.taken > state.moved and state.starter is None
     if event.vram_mib and settled and d.consumers[name].residency is Residency.RESIDENT:
         d.update(name, measured_mib=event.vram_mib)
-    if event.busy is not None:
+    # Until the first look of a run it is taken for busy if the last run left it at work.
+    if event.busy is not None or state.last_probe is None:
         d.update(name, busy_seen=event.taken if event.busy else None)
 
 

@@ -6,6 +6,7 @@ from mgpu_core.config import Config, Consumer, in_order
 from mgpu_core.draft import Draft
 from mgpu_core.effects import Probe
 from mgpu_core.events import Drain, Reconfigured, Resume, Shutdown, Started
+from mgpu_core.memory import is_busy
 from mgpu_core.state import (
     ConsumerState,
     Phase,
@@ -50,6 +51,8 @@ def on_started(d: Draft, event: Started) -> None:
         del d.consumers[name]
     d.configure(_without(d.config, d.retired))
     d.retired = ()
+    # What the last run had begun may go on at its service: nobody there knows that we were away.
+    at_work = {name for name in d.consumers if name in d.serving or is_busy(d, name)}
     for held in (
         d.requests,
         d.queue,
@@ -66,7 +69,8 @@ def on_started(d: Draft, event: Started) -> None:
         held.clear()
     for name, state in d.consumers.items():
         fresh = evolve(first_belief(d.consumer(name)), idle_since=d.at)
-        d.put_consumer(name, state.over_a_restart(fresh))
+        busy_seen = d.at if name in at_work else None
+        d.put_consumer(name, evolve(state.over_a_restart(fresh), busy_seen=busy_seen))
     d.sample_error = None
     d.last_work = d.at
     d.restore_due = False

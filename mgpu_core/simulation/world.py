@@ -174,6 +174,9 @@ class Service:
     busy_until: int = 0
     # When it will have worked off what it was given, where it works in turn.
     free_at: int = 0
+    # Until when it works for a client of a broker that is no more; 0 once it has worked for another
+    # since, so that nobody could tell the one from the other.
+    left_until: int = 0
     # Grows whenever what it was about to do with its memory no longer holds.
     turn: int = 0
     # The turn in which its first request brings it in.
@@ -243,6 +246,7 @@ class World:
         repolls: bool = False,
         polls: Iterable[int] = (),
         resumes: bool = False,
+        renders: frozenset[str] = frozenset(),
     ) -> None:
         self.config = config
         # The cards are read whenever a load or unload has ended, which takes the place of polls
@@ -268,6 +272,11 @@ class World:
         self._polls = iter(polls)
         # The broker has run before: nothing starts, its state is what it knows already.
         self.resumes = resumes
+        # Who goes on with its work whether or not somebody waits for it, and says so.
+        self.renders = renders
+        self._again: list[Ask] = []
+        # Whose work an unload has ended that nobody forced.
+        self.cut: str | None = None
         self.foreign: dict[int, int] = dict.fromkeys(config.gpus, 0)
         self.totals = {n: g.total_mib or CARD_MIB for n, g in config.gpus.items()}
         self.totals |= cards_mib or {}
@@ -344,7 +353,7 @@ class World:
         self.foreign = dict.fromkeys(self.foreign, 0)
         self.clock_stands_until = 0
         for service in self.services.values():
-            service.busy_until = 0
+            service.busy_until = service.left_until = 0
             if not service.up and not service.consumer.startable:
                 service.up = True
             if not service.loaded and not service.jobs and not self._loads(service):
@@ -399,6 +408,9 @@ class World:
         self._in(0, self._poll, self.runs)
         for number, name in enumerate(self.config.consumers):
             self._in((number + 1) * 10 * MS_US, self._watch, self.runs, name)
+        for ask in self._again:
+            self._in(2 * MS_US, self._come, ask)
+        self._again = []
         if self.resumes and self.runs == 1:
             return ev.Tick(at=self._stamp())
         return ev.Started(at=self._stamp(), run=f"run-{self.runs}")
@@ -458,6 +470,7 @@ class World:
             case fx.StartLoad():
                 self._order_command(Command(ev.SwapDone, effect.consumer, effect.epoch))
             case fx.StartUnload():
+                self._look_for_a_cut(effect)
                 self._order_command(
                     Command(ev.UnloadDone, effect.consumer, effect.epoch, effect.how)
                 )
@@ -473,7 +486,8 @@ class World:
                 self.foreign[act.gpu] = min(act.mib, self.foreign.get(act.gpu, 0) + max(0, free))
             case Busy():
                 if act.consumer in self.services:
-                    self.services[act.consumer].busy_until = self.now + act.us
+                    service = self.services[act.consumer]
+                    service.busy_until = max(service.left_until, self.now + act.us)
             case Turns():
                 self._turn(act)
             case BrokerCrash():
@@ -515,7 +529,7 @@ class World:
             del self.clients[request]
             if self._fault("answered_twice"):
                 self._tell(MS_US, ev.Cancel, request=request)
-        else:
+        elif client.ask.consumer not in self.renders:
             self._job_ends(request, "disconnected", 20 * MS_US)
         return ev.Cancel(at=self._stamp(), request=request)
 
@@ -535,6 +549,12 @@ class World:
         """What was said to the broker is lost, and so is what it was about to order."""
         self.runs += 1
         self.down = True
+        for service in self.services.values():
+            if service.consumer.name in self.renders and service.jobs:
+                ends = [self.began[one] + self.clients[one].ask.work_us for one in service.jobs]
+                service.left_until = service.busy_until = max(service.busy_until, *ends)
+        if self.renders:  # who waited comes again as soon as there is somebody to ask
+            self._again = [one.ask for one in self.clients.values() if not one.granted]
         self.clients.clear()
         for lane in self.lanes.values():
             while len(lane) > 1:
@@ -580,6 +600,16 @@ class World:
         ):
             first.error = "aborted"
             self._in(MS_US, self._finish, first)
+
+    def _look_for_a_cut(self, unload: fx.StartUnload) -> None:
+        """Note an unload that ends what it works at, as far as looking tells. Force may."""
+        service = self.services[unload.consumer]
+        by_driver = unload.how == "driver"
+        for one in self._of_server(service) if by_driver else (service,):
+            tells = one.up and one.traits.tells_busy and not one.traits.mute_at_work
+            forced = isinstance(self.last_event, ev.Unload) and self.last_event.force
+            if (one.jobs or (self.now < one.left_until and tells)) and not forced:
+                self.cut = one.consumer.name
 
     def _begin(self, command: Command) -> None:
         service = self.services[command.consumer]
@@ -796,6 +826,8 @@ class World:
             one.up = True
 
     def _end_jobs(self, service: Service) -> None:
+        if service.left_until:
+            service.busy_until = service.left_until = 0
         for request in sorted(service.jobs):
             self._job_ends(request, "upstream_error", 5 * MS_US, service.consumer.name)
 
@@ -809,6 +841,7 @@ class World:
         if run != self.runs or service is None or request not in service.jobs:
             return None
         service.jobs.discard(request)
+        service.left_until = 0
         self.clients.pop(request, None)
         return self._answer(ev.ServeDone, {"request": request, "outcome": outcome})
 

@@ -2,6 +2,7 @@
 
 from attrs import evolve
 
+from mgpu_core import events as ev
 from mgpu_core.config import SECOND_US, Gpu
 from tests.core.driver import Core, lazy, service
 
@@ -340,3 +341,39 @@ def test_a_server_that_was_started_for_one_model_holds_no_other() -> None:
     assert core.request("r2", "a") == []
     assert core.probe("a") == []  # it answers, and does not tell what is loaded
     assert core.loaded("b") == ["serve r1"]
+
+
+def test_what_the_last_run_left_at_work_is_not_cut_before_the_first_look_at_it() -> None:
+    """A render goes on when the broker dies; the next run's first request would have evicted it."""
+    core = Core(service("a", 11_000), service("b", 8_000), gpus=CARD, absent=["b"])
+    core.sample(free=4_000)
+    core.request("r1", "a")
+    core.send(ev.Started, run="run-2")
+    core.sample(free=4_000)
+    core.probe("b", resident=False)
+    assert core.request("r2", "b") == []
+    assert core.probe("a", resident=True, busy=True) == []
+    assert core.wait(5) + core.probe("a", resident=True, busy=False) == ["unload a"]
+
+
+def test_but_one_that_tells_nothing_of_its_work_is_not_waited_for() -> None:
+    core = Core(service("a", 11_000), service("b", 8_000), gpus=CARD, absent=["b"])
+    core.sample(free=4_000)
+    core.request("r1", "a")
+    core.send(ev.Started, run="run-2")
+    core.sample(free=4_000)
+    core.probe("b", resident=False)
+    assert core.request("r2", "b") == []
+    assert core.probe("a", resident=True) == ["unload a"]
+
+
+def test_nor_one_that_answers_no_probe_for_longer_than_two_of_them() -> None:
+    core = Core(service("a", 11_000), service("b", 8_000), gpus=CARD, absent=["b"])
+    core.sample(free=4_000)
+    core.request("r1", "a")
+    core.send(ev.Started, run="run-2")
+    core.sample(free=4_000)
+    core.probe("b", resident=False)
+    assert core.request("r2", "b") == []
+    assert core.wait(9) + core.sample(free=4_000) == []
+    assert core.wait(2) + core.sample(free=4_000) == ["unload a"]

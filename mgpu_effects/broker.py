@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
@@ -122,7 +122,7 @@ class Broker:
         self._event_log.begin(self._seq + 1)
         self._session = open_session()
         self._control = control_session()
-        self._services = Services(self._control, on_exit=self._look_at)
+        self._services = Services(self._control, self._look_at, self._used_mib)
         self._watch = Watch(self._services, self._clock, self.post)
         self._executor = Executor(
             self._services, self._watch, self._session, self._clock, self.post
@@ -259,6 +259,9 @@ class Broker:
     async def holders(self) -> Holders | None:
         """Say who held the memory of the cards not long ago; None: nobody looked yet."""
         return await self._watch.holders()
+
+    async def _used_mib(self, cards: Collection[int]) -> int | None:
+        return await self._watch.used_mib(cards)
 
     def _look_at(self, consumer: str) -> None:
         self._watch.probe(consumer)

@@ -6,7 +6,6 @@ answer; llama-router is in test_models.py, ComfyUI's jobs in tests/effects/test_
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from tests.support.stand_ins.lm_studio import LmStudio
 from tests.support.stand_ins.mvoice import Mvoice
 from tests.support.stand_ins.ollama import Ollama
 from tests.support.stand_ins.piper import Piper
+from tests.support.stand_ins.process import command
 from tests.support.stand_ins.speaches import Speaches
 from tests.support.stand_ins.tabbyapi import KEY, TabbyApi
 from tests.support.stand_ins.vllm import Vllm
@@ -268,17 +268,12 @@ async def test_when_its_client_leaves_its_work_ends_or_is_waited_for(name: str, 
         assert (await ask(broker, kind, case.work[kind])).status == 200
 
 
-def command(at: Host, name: str, port: int) -> list[str]:
-    module = "tests.support.stand_ins.process"
-    return [sys.executable, "-m", module, name, str(port), str(at.directory)]
-
-
 @driven
 async def test_a_driver_brings_it_in_and_out(name: str, at: Host) -> None:
     case, port = DRIVEN[name], free_port()
     probe = case.make(Card(at.directory))  # only to know its size
     at.card.give_back(probe.name)
-    process = {"command": command(at, name, port), "cwd": str(ROOT), "grace_s": 4}
+    process = {"command": command(name, port, at.directory), "cwd": str(ROOT), "grace_s": 4}
     at.consumers[name] = {
         "url": f"http://127.0.0.1:{port}",
         "preset": name,

@@ -33,6 +33,8 @@ class ComfyUI:
     url: str = ""
     running: list[str] = field(default_factory=list)
     pending: list[str] = field(default_factory=list)
+    taken: int = 0
+    numbers: dict[str, float] = field(default_factory=dict)  # the lowest is next
     history: dict[str, Any] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)  # but probes: method and path
     bodies: list[Any] = field(default_factory=list)  # of the POSTs among them
@@ -121,7 +123,8 @@ class ComfyUI:
             case "POST", "/prompt":
                 return await self._prompt(request, body)
             case "POST", "/queue":
-                self.pending = [each for each in self.pending if each not in body["delete"]]
+                gone = self.pending if body.get("clear") else body.get("delete", [])
+                self.pending = [each for each in self.pending if each not in gone]
             case "POST", "/interrupt" if body["prompt_id"] in self.running:
                 self.end(body["prompt_id"], "error")
             case "POST", "/free":
@@ -144,11 +147,14 @@ class ComfyUI:
             return web.json_response(NO_PROMPT, status=400)
         self.headers = dict(request.headers)
         prompt_id = body.get("prompt_id", str(uuid.uuid4()))
-        self.pending.append(prompt_id)
+        number = body.get("number", -self.taken if body.get("front") else self.taken)
+        self.taken += 1
+        self.numbers[prompt_id] = number
+        self.pending = sorted([*self.pending, prompt_id], key=self.numbers.__getitem__)
         self._begin()
         if self.hold is not None:
             await self.hold.wait()
-        return web.json_response({"prompt_id": prompt_id, "number": 0, "node_errors": {}})
+        return web.json_response({"prompt_id": prompt_id, "number": number, "node_errors": {}})
 
 
 @contextlib.asynccontextmanager

@@ -57,15 +57,19 @@ class Host:
     async def broker(
         self,
         *,
+        probe_s: float = 0.1,
         gpu: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
         **routing: str,
     ) -> AsyncIterator[Facade]:
-        """Run the broker; `KIND="NAME"` says who does what."""
+        """Run the broker; `KIND="NAME"` says who does what.
+
+        Who was seen at work past the broker is taken to be so for two times `probe_s`.
+        """
         content = {
             "listen": "127.0.0.1:0",
             "gpu": {"sampler": "simulated", "poll_interval_s": 0.05, **(gpu or {})},
-            "probe": {"interval_s": 0.1, "timeout_s": 2},
+            "probe": {"interval_s": probe_s, "timeout_s": 2},
             "scheduler": {"shutdown_grace_s": 0, **(scheduler or {})},
             "routing": routing,
             "consumers": self.consumers,
@@ -97,6 +101,9 @@ async def probed(broker: Facade) -> Any:
     for _ in range(2):  # the next look may have begun already
         before = await broker.status()
         probes = {name: row["last_probe"] for name, row in before["consumers"].items()}
+        for name in probes:
+            broker.broker._watch.probe(name)
+        broker.broker._watch.sample()
         at = before["gpu"][0]["at"]
         status = await broker.until(
             "looked at",

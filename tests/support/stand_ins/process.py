@@ -23,6 +23,18 @@ KINDS: dict[str, type[StandIn]] = {
 }
 
 
+def command(name: str, port: int, directory: Path) -> list[str]:
+    """Give the command that runs one, in the repository's root."""
+    return [
+        sys.executable,
+        "-m",
+        "tests.support.stand_ins.process",
+        name,
+        str(port),
+        str(directory),
+    ]
+
+
 async def main(name: str, port: int, directory: Path) -> None:
     service = KINDS[name](Card(directory))
     service.loaded or service.take()

@@ -20,17 +20,17 @@ FORMATS = {
 }
 VERBOSE = {"task": "transcribe", "language": "english", "duration": 2.4, "text": " Hello.\n"}
 INVALID = "Invalid request"
+MODEL = b"ggml"
 
 
 class Whisper(StandIn):
     name = "whisper-server"
 
-    def __init__(
-        self, card: Card, mib: int = 2_100, *, files: dict[str, bool] | None = None, **more: Any
-    ) -> None:
+    def __init__(self, card: Card, mib: int = 2_100, **more: Any) -> None:
         super().__init__(card, mib, **more)
-        # What is on its disk, and whether that is a model.
-        self.files = files if files is not None else {"tiny.bin": True, "notes.txt": False}
+        self.disk = card.path.parent / "models"  # a file that begins with MODEL is one
+        self.disk.mkdir(exist_ok=True)
+        (self.disk / "tiny.bin").write_bytes(MODEL)
         self.model = "tiny.bin"
         self.healthy = True
         self._turn = asyncio.Lock()
@@ -78,9 +78,9 @@ class Whisper(StandIn):
         model = (await form_of(request)).get("model", b"").decode()
         async with self._turn:
             self.healthy = False
-            if model not in self.files:
+            if not model or not (self.disk / model).is_file():
                 return web.Response(status=400, text=INVALID)
-            if not self.files[model]:
+            if not (self.disk / model).read_bytes().startswith(MODEL):
                 await self.exit(request)
                 return web.Response(status=500)
             self.model, self.healthy = model, True

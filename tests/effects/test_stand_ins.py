@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from tests.support.comfyui import comfyui
+from tests.support.gpu_host import gpu_host
 from tests.support.stand_ins.base import StandIn, card, running
 from tests.support.stand_ins.faster_whisper import FasterWhisper
 from tests.support.stand_ins.llama_server import LlamaServer
@@ -54,7 +55,7 @@ def shape(value: Any) -> Any:
 
 
 def within(part: Any, whole: Any) -> bool:
-    """Say whether a shape has nothing that the other has not, nor the other way at its top."""
+    """Say whether a shape has nothing that the other has not; what is null may be anything."""
     if isinstance(part, dict) and isinstance(whole, dict):
         return all(key in whole and within(part[key], whole[key]) for key in part)
     if isinstance(part, list) and isinstance(whole, list):
@@ -155,6 +156,24 @@ async def test_a_recording_is_answered_alike(name: str, tmp_path: Path) -> None:
             if theirs is not None and line["method"] != "HEAD":
                 assert within(shape(ours), shape(theirs)), (where, ours)
     assert len(asked) > 20
+
+
+# Its health and list, and what it says to work and orders before, and while, a model loads.
+ROUTER = frozenset({4, 8, 18, 21, 24, 25, 27, 28, 29})
+
+
+@recorded
+async def test_the_router_answers_its_recording_alike(tmp_path: Path) -> None:
+    with gpu_host(tmp_path) as host:
+        router = host.start_router("router", mib={"gemma-a": 400, "gemma-b": 400}, load_s=5)
+        for line in lines(RECORDINGS / "llama-server" / "router.jsonl"):
+            if line.get("n") in ROUTER and line.get("method"):
+                asked = line["method"], line["path"], *sent(line)
+                status, _, text = await ask(router.url, *asked)
+                assert status == line["status"], line
+                theirs, ours = is_json(str(line["response_body"])), is_json(text)
+                if status < 400:
+                    assert within(shape(ours), shape(theirs)), line
 
 
 @recorded

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from mgpu_effects import presets
 from mgpu_effects.calls import control_session
 from mgpu_effects.config_file import load_settings
 from mgpu_effects.probes import ProbeFacts
 from mgpu_effects.services import Services
-from mgpu_effects.settings import ConsumerSettings, ResidencySettings
+from mgpu_effects.settings import ConsumerSettings, ResidencySettings, SchedulerSettings
 from mgpu_effects.units import units
 from tests.support.comfyui import comfyui
 from tests.support.dev_http import free_port
@@ -140,9 +141,12 @@ async def ask(broker: Address, kind: str, work: tuple[str, bytes], path: str = "
 
 
 @asynccontextmanager
-async def services_of(at: Host, name: str) -> AsyncIterator[tuple[Services, ConsumerSettings]]:
+async def services_of(
+    at: Host, name: str, limits: SchedulerSettings | None = None
+) -> AsyncIterator[tuple[Services, ConsumerSettings]]:
     """Give what carries the broker's orders out, and the one unit of the preset."""
     settings = load_settings(write_config(at.directory, {"consumers": at.consumers}))
+    settings = evolve(settings, scheduler=limits or settings.scheduler)
     async with control_session() as session:
         services = Services(session, on_exit=lambda _name: None)
         services.configure(settings)
@@ -311,6 +315,35 @@ async def test_ollama_by_itself_is_only_asked_to_work(at: Host) -> None:
     assert ollama.held_mib("/one") == 6_000
 
 
+async def test_an_unload_of_ollama_is_over_when_its_requests_are(at: Host) -> None:
+    service = await add(at, "ollama")
+    async with services_of(at, "ollama") as (services, unit):
+        service.go.clear()
+        asked = asyncio.create_task(ask(Address(service.port), "llm", CHAT, "/api/chat"))
+        await eventually(lambda: service.working == 1)
+        unloaded = asyncio.create_task(services.unload(unit.name, "routes"))
+        await eventually(lambda: "ollama POST /api/generate" in at.calls)
+        assert (await looked_at(services, unit)).resident
+        assert not unloaded.done()
+        service.go.set()
+        assert ((await asked).status, await unloaded) == (200, None)
+    assert service.held_mib("/one") == 0
+
+
+async def test_faster_whisper_server_that_is_silent_at_its_work_is_not_down(at: Host) -> None:
+    service = await add(at, "faster-whisper-server")
+    async with at.broker(stt="faster-whisper-server", probe_timeout_s=0.3) as broker:
+        await probed(broker)
+        service.go.clear()
+        asked = asyncio.create_task(ask(broker, "stt", (FORM, SOUND)))
+        await eventually(lambda: service.working == 1)
+        await probed(broker)
+        row = (await broker.status())["consumers"]["faster-whisper-server"]
+        assert row["healthy"]
+        service.go.set()
+        assert (await asked).status == 200
+
+
 async def test_comfyui_is_in_its_jobs_for_their_whole_length(tmp_path: Path, at: Host) -> None:
     async with comfyui(card=at.card) as pictures:
         poll = {**presets.preset("comfyui").consumer["job"], "poll_s": 0.02}
@@ -357,11 +390,57 @@ async def test_tabbyapi_without_a_model_is_told_from_one_that_fails(status: int,
         assert (await looked_at(services, unit)).resident
 
 
-async def test_kokoro_has_to_be_permitted_to_unload(at: Host) -> None:
-    service = await add(at, "kokoro")
-    service.may_unload = False
-    async with services_of(at, "kokoro") as (services, unit):
-        assert await services.unload(unit.name, "routes") == "http_403"
+# What each needs, and how its lack shows: of the service, or of what stands beside the preset.
+LACKS = [
+    ("kokoro", lambda card: Kokoro(card, may_unload=False), {}, {"unload": "http_403"}),
+    (
+        "vllm",
+        lambda card: Vllm(card, dev_mode=False),
+        {},
+        {"unload": "http_404", "load": "http_404"},
+    ),
+    (
+        "tabbyapi",
+        lambda card: TabbyApi(card, loaded=True),
+        {"load": TABBY_LOAD},
+        {"unload": "http_401", "load": "http_401"},
+    ),
+    # Answered as if it was done; but its residency says that it is not.
+    (
+        "koboldcpp",
+        lambda card: KoboldCpp(card, loaded=True, admin=False),
+        {},
+        {"unload": "timeout"},
+    ),
+    ("koboldcpp", lambda card: KoboldCpp(card, admin=False), {}, {"load": "timeout"}),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "beside", "errors"), LACKS)
+async def test_what_it_needs_and_lacks_shows(
+    name: str, make: Any, beside: dict[str, Any], errors: dict[str, str], at: Host
+) -> None:
+    service = await at.add(make(at.card), preset=name, **beside)
+    held_mib = service.held_mib()
+    limits = SchedulerSettings(load_timeout_s=0.5, unload_timeout_s=0.5)
+    async with services_of(at, name, limits) as (services, unit):
+        for what, error in errors.items():
+            order = services.load(unit.name) if what == "load" else services.unload(name, "routes")
+            assert await order == error
+    assert service.held_mib() == held_mib
+
+
+async def test_a_second_instance_in_lm_studio_is_not_unloaded_and_not_believed_to_be(
+    at: Host,
+) -> None:
+    service = await add(at, "lm-studio")
+    limits = SchedulerSettings(unload_timeout_s=0.5)
+    async with services_of(at, "lm-studio", limits) as (services, unit):
+        for _ in range(2):
+            assert await services.load(unit.name) is None
+        assert await services.unload(unit.name, "routes") == "timeout"
+        assert (await looked_at(services, unit)).resident
+    assert at.card.held_mib == {"lm-studio/one:2": service.models["one"]}
 
 
 async def test_koboldcpp_that_starts_anew_for_long_is_waited_for(

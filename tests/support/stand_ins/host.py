@@ -58,6 +58,7 @@ class Host:
         self,
         *,
         probe_s: float = 0.1,
+        probe_timeout_s: float = 2,
         gpu: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
         **routing: str,
@@ -69,7 +70,7 @@ class Host:
         content = {
             "listen": "127.0.0.1:0",
             "gpu": {"sampler": "simulated", "poll_interval_s": 0.05, **(gpu or {})},
-            "probe": {"interval_s": probe_s, "timeout_s": 2},
+            "probe": {"interval_s": probe_s, "timeout_s": probe_timeout_s},
             "scheduler": {"shutdown_grace_s": 0, **(scheduler or {})},
             "routing": routing,
             "consumers": self.consumers,

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
@@ -126,7 +126,7 @@ class Broker:
         self.footprints.recall()
         self._session = open_session()
         self._control = control_session()
-        self._services = Services(self._control, on_exit=self._look_at)
+        self._services = Services(self._control, self._look_at, self._used_mib)
         self._watch = Watch(self._services, self._clock, self.post, self.footprints)
         self._executor = Executor(
             self._services, self._watch, self._session, self._clock, self.post
@@ -272,6 +272,9 @@ class Broker:
     async def models_of(self, server: str) -> list[str]:
         """Name the models that a server lists; none where it does not answer."""
         return await self._services.listed_models(server, self.settings.probe.timeout_s)
+
+    async def _used_mib(self, cards: Collection[int]) -> int | None:
+        return await self._watch.used_mib(cards)
 
     def _look_at(self, consumer: str) -> None:
         self._watch.probe(consumer)

@@ -313,6 +313,8 @@ def _check_limits(scheduler: SchedulerSettings, consumer: ConsumerSettings, here
     ]
     if runs:
         load.append(((*here, "driver", kind, "ready_s"), runs.ready_s))
+    if consumer.unload_again_s is not None:
+        unload.append(((*here, "unload_again_s"), consumer.unload_again_s))
     for parts, key in ((load, "load_timeout_s"), (unload, "unload_timeout_s")):
         limit_s = getattr(scheduler, key)
         for path, part_s in parts:
@@ -334,6 +336,9 @@ def _check_effect(consumer: ConsumerSettings, here: Path) -> Findings:
     if consumer.preload and not (consumer.load or driver):
         text = "nothing can load it: there is no load and no driver"
         yield Finding((*here, "preload"), text, ((*here, "load"), *ways))
+    if consumer.unload_again_s is not None and not consumer.unload:
+        text = "nothing is told to unload: there is no unload"
+        yield Finding((*here, "unload_again_s"), text, ((*here, "unload"),))
     if consumer.job is not None and not consumer.paths:
         yield Finding((*here, "job"), "it has no paths: no work to follow", ((*here, "paths"),))
     if consumer.idle_unload_s is None:

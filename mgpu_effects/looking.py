@@ -60,7 +60,7 @@ def tell(consumer: ConsumerSettings, answers: Answers, holders: Holders | None =
     problems, about = [], "residency"
     try:
         if isinstance(consumer.residency, ResidencySettings):
-            resident = _condition(consumer.residency, consumer.residency.resident, answers, values)
+            resident = _resident(consumer.residency, answers, values)
             about = "residency.mib"
             if resident and consumer.residency.mib is not None:
                 vram_mib = _mib(consumer.residency, consumer.residency.mib, answers, values)
@@ -81,6 +81,13 @@ def _path(asked: Asked, values: Values) -> str:
     for name, value in values.items():
         step = with_value(step, name, value)
     return step.path
+
+
+def _resident(asked: ResidencySettings, answers: Answers, values: Values) -> bool:
+    answer = answers[_path(asked, values)]
+    if isinstance(answer, CallError) and answer.code in {f"http_{each}" for each in asked.absent}:
+        return False
+    return _condition(asked, asked.resident, answers, values)
 
 
 def _condition(asked: Asked, expression: str, answers: Answers, values: Values) -> bool:

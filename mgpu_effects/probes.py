@@ -65,12 +65,22 @@ async def probe(
 
 
 async def is_resident(
-    session: aiohttp.ClientSession, unit: ConsumerSettings, timeout_s: float
+    session: aiohttp.ClientSession,
+    unit: ConsumerSettings,
+    timeout_s: float,
+    *,
+    refused: bool | None = None,
 ) -> bool | None:
-    """Ask only whether it is loaded, of a unit whose service tells; None: it can't be told."""
+    """Ask only whether it is loaded, of a unit whose service tells; None: it can't be told.
+
+    `refused` is what a refused connection says: some services start anew to load and to unload.
+    """
     until = asyncio.get_running_loop().time() + timeout_s
     asked = evolve(unit, busy=None)
-    return tell(asked, await _ask_all(session, asked, paths_of(asked), until)).resident
+    answers = await _ask_all(session, asked, paths_of(asked), until)
+    if any(isinstance(each, CallError) and each.code == "refused" for each in answers.values()):
+        return refused
+    return tell(asked, answers).resident
 
 
 async def _unhealthy(unit: ConsumerSettings, driver: Driver | None, code: str) -> ProbeFacts:

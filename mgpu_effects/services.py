@@ -4,7 +4,8 @@ import asyncio
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import TypeAlias
 
 import jmespath
 from aiohttp import ClientSession
@@ -33,7 +34,14 @@ UNTOLD_S = 5.0
 MODELS_BYTES = 1 << 20
 MODEL_IDS = jmespath.compile("data[*].id")
 
+# Reads what is in use on cards together, in MiB; None where that can't be read.
+UsedMib: TypeAlias = Callable[[Collection[int]], Awaitable[int | None]]
+
 _log = logging.getLogger(__name__)
+
+
+async def _unread(_cards: Collection[int]) -> None:
+    """Nobody reads the cards."""
 
 
 class Services:
@@ -43,9 +51,15 @@ class Services:
     consumer whose process ended by itself.
     """
 
-    def __init__(self, session: ClientSession, on_exit: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        session: ClientSession,
+        on_exit: Callable[[str], None],
+        used_mib: UsedMib = _unread,
+    ) -> None:
         self._session = session
         self._on_exit = on_exit
+        self._used_mib = used_mib
         self._limits = SchedulerSettings()
         self._whole: Mapping[str, ConsumerSettings] = {}
         self._consumers: dict[str, ConsumerSettings] = {}
@@ -131,23 +145,52 @@ class Services:
                         return await self._stop(driver)
                     if driver and await driver.running() is False:
                         return None  # nobody is there to be called, and nothing is held
-                    error = await run_steps(self._session, consumer, consumer.unload)
-                    if error is None:
-                        await self._until(consumer, resident=False)
-                    return error
+                    return await self._unload_by_route(consumer)
             except TimeoutError:
                 return "timeout"
+
+    async def _unload_by_route(self, consumer: ConsumerSettings) -> str | None:
+        cards, again_s = consumer.resident_mib_by_gpu, consumer.unload_again_s
+        before_mib = await self._used_mib(cards) if again_s is not None else None
+        error = await run_steps(self._session, consumer, consumer.unload)
+        if error is not None:
+            return error
+        await self._until(consumer, resident=False)
+        if again_s is None or await self._came_free(consumer, before_mib, again_s):
+            return None
+        return await run_steps(self._session, consumer, consumer.unload)
+
+    async def _came_free(
+        self, consumer: ConsumerSettings, before_mib: int | None, within_s: float
+    ) -> bool:
+        """Wait until its cards show at least half of what its unload should give back."""
+        cards = consumer.resident_mib_by_gpu
+        should_mib = sum(cards.values()) - consumer.vram_residue_mib * len(cards)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + within_s
+        while loop.time() < until:
+            now_mib = None if before_mib is None else await self._used_mib(cards)
+            if now_mib is not None and before_mib is not None:
+                freed_mib = before_mib - now_mib
+                if freed_mib > 0 and 2 * freed_mib >= should_mib:
+                    return True
+            await asyncio.sleep(ASK_AGAIN_S)
+        return False
 
     async def _until(self, consumer: ConsumerSettings, *, resident: bool) -> None:
         """Wait until the service says so itself, where it tells: many answer before they act.
 
-        The caller limits it. Who can't tell for so long is taken at its first word.
+        The caller limits it. Who can't tell for so long is taken at its first word; but who starts
+        anew to load refuses connections until it is loaded.
         """
         if not isinstance(consumer.residency, ResidencySettings):
             return
         loop = asyncio.get_running_loop()
         until = loop.time() + UNTOLD_S
-        while (told := await is_resident(self._session, consumer, UNTOLD_S)) is not resident:
+        refused = False if resident else None
+        while (
+            told := await is_resident(self._session, consumer, UNTOLD_S, refused=refused)
+        ) is not resident:
             if told is not None:
                 until = loop.time() + UNTOLD_S
             elif loop.time() >= until:

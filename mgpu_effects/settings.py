@@ -187,6 +187,10 @@ class ResidencySettings:
         default=None, metadata=doc("JMESPath of the memory that it holds while it is loaded")
     )
     unit: Literal["bytes", "mib"] = field(default="bytes", metadata=doc("what `mib` counts"))
+    absent: tuple[Status, ...] = field(
+        default=(),
+        metadata=doc("the statuses that it answers with in place of JSON while it is not loaded"),
+    )
 
 
 @frozen(kw_only=True)
@@ -399,6 +403,13 @@ class ConsumerSettings:
     )
     unload: Annotated[tuple[Step, ...], OneOrMany()] = field(
         default=(), metadata=doc("how to clear it out of VRAM; without: its driver stops it")
+    )
+    unload_again_s: Seconds | None = field(
+        default=None,
+        metadata=doc(
+            "told to unload once more if no reading of its cards shows within so long that memory"
+            " came free: for a service that may lose what it is told; null: it does not"
+        ),
     )
     load: Annotated[tuple[Step, ...], OneOrMany()] = field(
         default=(),

@@ -108,6 +108,18 @@ class Watch:
         """Say who held the memory of the cards not long ago; None: nobody looked yet."""
         return await self._holders.recent(round(self._settings.poll_interval_s * SECOND_US))
 
+    async def used_mib(self, cards: Collection[int]) -> int | None:
+        """Read what is in use on these cards together; None: it can't be read now."""
+        if self._sampler is None:
+            return None
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                readings = await self._sampler.read()
+        except (SampleError, TimeoutError):
+            return None
+        used = {reading.index: reading.used_mib for reading in readings}
+        return sum(used[card] for card in cards) if used.keys() >= set(cards) else None
+
     async def close(self) -> None:
         looking = (*self._probing.values(), self._sampling, self._measuring)
         repeaters = [repeater for repeater in looking if repeater is not None]

@@ -70,6 +70,36 @@ async def test_orders_to_one_server_are_carried_out_in_turn(session, upstream, f
     assert stats["most_active"] == 1
 
 
+@pytest.mark.parametrize(
+    ("read_mib", "times"),
+    [
+        ([9_000, 9_000, 5_000], 1),  # of 8,000 less a residue of 500 at least half
+        ([9_000, 9_000, 6_000, 6_000], 2),
+        ([9_000, 9_500], 2),  # somebody else took some
+        ([9_000, None], 2),
+        ([None], 2),
+    ],
+)
+async def test_an_unload_that_may_be_lost_is_told_again_unless_memory_came_free(
+    session, upstream, monkeypatch, read_mib, times
+):
+    monkeypatch.setattr("mgpu_effects.services.ASK_AGAIN_S", 0.02)
+    asked = []
+
+    async def used_mib(cards):
+        asked.append(tuple(cards))
+        return read_mib.pop(0) if len(read_mib) > 1 else read_mib[0]
+
+    consumer = evolve(
+        routed(upstream), vram_resident_mib=8_000, vram_residue_mib=500, unload_again_s=0.2
+    )
+    made = Services(session, lambda _name: None, used_mib)
+    made.configure(Settings(consumers={"a": consumer}))
+    assert await made.unload("a", "routes") is None
+    assert upstream.count("/unload") == times
+    assert set(asked) == {(0,)}
+
+
 async def test_a_process_that_does_not_run_holds_nothing_to_unload(session):
     command = ("python-that-does-not-exist",)
     consumer = ConsumerSettings(

@@ -124,6 +124,12 @@ CONSUMERS = [
         "idle_unload_s",
         "with vram_managed it is never unloaded",
     ),
+    ("unload_again_s: 9", "unload_again_s", "nothing is told to unload"),
+    (
+        "unload_again_s: 61, unload: {path: /u}",
+        "unload_again_s",
+        "61 s, but scheduler.unload_timeout_s ends it after 60 s",
+    ),
     ("job: {id: a, over: {path: /q, when: b}}", "job", "it has no paths"),
     (
         "vram_managed: true, residency: {path: /p, resident: a}",

@@ -418,6 +418,7 @@ async def test_who_does_not_wait_is_answered_at_once(
         body = json.dumps(PROMPT).encode()
         answer = await broker.ask("POST", f"/v1/image?{query}", body=body)
         assert answer.json()["prompt_id"] == service.running[0]
+        service.end(service.running[0])  # else the broker's end would wait for it
 
 
 async def test_a_picture_that_failed_is_an_error_for_who_waits(

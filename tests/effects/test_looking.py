@@ -21,6 +21,7 @@ from tests.support.presets import consumer
 GIB = 2**30
 # As the presets ask: so each is tested on what its service says.
 OLLAMA = consumer("ollama").residency
+SIZED = evolve(OLLAMA, mib="sum(models[?name == {model}].size_vram)")
 ROUTER = consumer("llama-router").residency
 SPEACHES = consumer("speaches").residency
 SLEEPER = consumer("vllm").residency
@@ -58,7 +59,8 @@ def lm_studio(*instances: str) -> Any:
 
 
 SAID = [
-    (OLLAMA, ollama(("one", 6 * GIB), ("two", GIB)), Told(resident=True, vram_mib=6144)),
+    (OLLAMA, ollama(("one", 6 * GIB), ("two", GIB)), Told(resident=True)),
+    (SIZED, ollama(("one", 6 * GIB), ("two", GIB)), Told(resident=True, vram_mib=6144)),
     (OLLAMA, ollama(("two", GIB)), Told(resident=False)),
     (OLLAMA, ollama(), Told(resident=False)),
     (ROUTER, router(one="loaded", two="unloaded"), Told(resident=True)),
@@ -135,6 +137,19 @@ SLOW = ResidencySettings(path="/p", resident="loaded", mib="size")
 )
 def test_what_cannot_be_told_is_a_problem_and_no_guess(answer, told):
     assert tell(asking(SLOW), {"/p": answer}) == told
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (503, Told(resident=False)),
+        (400, Told(resident=False)),
+        (401, Told(problems=("residency: http_401",))),
+    ],
+)
+def test_a_status_that_says_that_it_is_not_loaded_is_an_answer(status, told):
+    """TabbyAPI without a model answers an error, 400 or 503 by its version."""
+    assert tell(asking(TABBY), {"/v1/model": CallError(f"http_{status}")}) == told
 
 
 def test_a_function_that_does_not_take_the_answer_tells_nothing():

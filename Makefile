@@ -52,7 +52,7 @@ mutants: $(MUTATION) ## small changes everywhere in the core, and which no test 
 run: $(INSTALLED) ## the broker in front of the services of config/consumers.yaml
 	$(BIN)/mgpu serve --config config/consumers.yaml
 
-real: $(READY) ## the broker in front of real speech services, on this machine's processor
+real: $(READY) ## the broker in front of real services, on this machine's processor (first a C++ compiler's work)
 	$(BIN)/python tests/real/run.py
 
 # HOST, SSH, PREFIX, CONFIG and PYTHON, given on the command line, are in the script's environment.

@@ -205,3 +205,36 @@ async def test_a_model_that_was_unloaded_past_the_broker_is_loaded_again(tmp_pat
             )
             await broker.until("out", lambda s: not s["consumers"]["router/small"]["loaded"])
             assert (await broker.ask("POST", "/v1/llm", body=asks("small"))).status == 200
+
+
+async def test_what_is_unloaded_at_work_ends_as_the_service_ends_it(tmp_path):
+    """Its stream looks complete, and who comes meanwhile waits for the model to be loaded anew."""
+    with gpu_host(tmp_path, total_mib=16_000) as host:
+        router = host.start_router("router", mib=MIB, autoload=True)
+        with host.serve(consumers=consumers(), routing=ROUTING) as broker:
+            await ready(broker)
+            await broker.ask("POST", "/v1/llm", body=asks("small"))
+            order = "X-Upstream: do=stream chunks=900 gap=0.1"
+            stream = broker.ask("POST", "/v1/llm", order, body=asks("small"))
+            streamed = asyncio.create_task(stream)
+            await broker.until("at work", lambda _: router.stats()["active"])
+            kind = "Content-Type: application/json"
+            await Address(router.port).ask("POST", "/models/unload", kind, body=asks("small"))
+            later = asyncio.create_task(broker.ask("POST", "/v1/llm", body=asks("small")))
+            broken_off = await streamed
+            assert (broken_off.status, broken_off.complete) == (200, True)
+            assert broken_off.body.endswith(b"proxy error: Failed to read connection")
+            assert (await later).status == 200
+
+
+async def test_a_model_that_finds_no_memory_is_an_error_of_its_service(tmp_path):
+    with gpu_host(tmp_path, total_mib=6_000) as host:
+        host.start_router("router", mib=MIB, autoload=True)
+        models = {"large": {"vram_resident_mib": 4_000}}  # it takes more
+        with host.serve(consumers=consumers(models), routing=ROUTING) as broker:
+            await ready(broker)
+            answer = await broker.ask("POST", "/v1/llm", body=asks("large"))
+            assert (answer.status, answer.json()["error"]["message"]) == (
+                500,
+                "model name=large failed to load",
+            )

@@ -1,100 +1,74 @@
-"""The broker as users run it: `mgpu serve` with config.yaml, and what they ask of it over HTTP."""
+"""The broker as users run it: `mgpu serve` with a configuration, and other commands of `mgpu`."""
 
 import asyncio
 import contextlib
-import json
 import os
-import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
-import environment
-from watch import Watch
+from client import CALL_S, CheckError, Client, check
+from watch import Service, Watch
 
-CONFIG = Path(__file__).with_name("config.yaml")
+from mgpu_effects.config_file import load_settings
+from mgpu_effects.units import units
+
 READY_S = 30
-CALL_S = 90
 STOP_S = 45  # beyond shutdown_grace_s, which is 30
+COMMAND_S = 120
 OUTPUT_LINES = 60
 
 
-class CheckError(Exception):
-    """Something is not as it must be; the message says what."""
+class Host(NamedTuple):
+    """A configuration, what its variables stand for, how its services' processes are known, and
+    the command of one that the broker does not start.
+    """
 
+    config: Path
+    variables: Mapping[str, str]
+    processes: Mapping[str, tuple[str, ...]]
+    beside: Sequence[str] = ()
 
-def check(condition: object, otherwise: str) -> None:
-    if not condition:
-        raise CheckError(otherwise)
+    @property
+    def environ(self) -> dict[str, str]:
+        return {**os.environ, **self.variables}
 
-
-def words(text: str) -> list[str]:
-    """What was said: neither case nor punctuation can be heard."""
-    return re.findall(r"[a-z0-9']+", text.lower())
-
-
-class Answer:
-    """A whole answer, and how long it took on the way to the service."""
-
-    def __init__(self, response: aiohttp.ClientResponse, body: bytes, took_s: float) -> None:
-        self.body = body
-        self.took_s = took_s
-        self.queued_s = int(response.headers["X-Mgpu-Queue-Ms"]) / 1000
-        self.loading_s = int(response.headers["X-Mgpu-Load-Ms"]) / 1000
-        self.consumer = response.headers["X-Mgpu-Consumer"]
-
-
-class Client:
-    """Speaks and listens through the broker."""
-
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
-
-    async def speak(self, text: str) -> Answer:
-        """Give the WAV of the text."""
-        answer = await self._post("/v1/tts", json={"text": text})
-        said = answer.body
-        size = int.from_bytes(said[4:8], "little") + 8
-        check(said[:4] == b"RIFF" and size == len(said), f"{len(said)} bytes are no whole WAV")
-        check(answer.consumer == "piper", f"/v1/tts was answered by {answer.consumer}")
-        return answer
-
-    async def listen(self, wav: bytes) -> tuple[str, Answer]:
-        """Give the text that is heard in the WAV."""
-        form = aiohttp.FormData()
-        form.add_field("file", wav, filename="speech.wav", content_type="audio/wav")
-        form.add_field("temperature", "0")  # else it tries doubtful passages again, by chance
-        answer = await self._post("/v1/stt", data=form)
-        check(answer.consumer == "whisper", f"/v1/stt was answered by {answer.consumer}")
-        heard: str = json.loads(answer.body)["text"]
-        return heard.strip(), answer
-
-    async def status(self) -> dict[str, Any]:
-        async with self._session.get("/v1/status") as response:
-            status: dict[str, Any] = await response.json()
-            return status
-
-    async def _post(self, path: str, **request: Any) -> Answer:
-        began = time.monotonic()
-        async with self._session.post(path, **request) as response:
-            body = await response.read()
-            check(response.status == 200, f"POST {path}: {response.status} {body[:500]!r}")
-            return Answer(response, body, time.monotonic() - began)
+    def watch(self) -> Watch:
+        settings = load_settings(self.config, self.environ)
+        known, (gpu,) = units(settings), settings.gpus
+        mib = {
+            name: known[name].vram_resident_mib if name in known else 0 for name in self.processes
+        }
+        services = {name: Service(args, mib[name]) for name, args in self.processes.items()}
+        return Watch(services, gpu.total_mib)
 
 
 class Broker:
     """The process of the broker."""
 
-    def __init__(self, url: str, process: subprocess.Popen[bytes], output: Path) -> None:
-        self.url = url
-        self.process = process
+    def __init__(self, host: Host, output: Path) -> None:
+        self.url = f"http://127.0.0.1:{host.variables['REAL_BROKER_PORT']}"
         self._output = output
+        commands = [[_mgpu(), "serve", "--config", str(host.config)]]
+        commands += [list(host.beside)] if host.beside else []
+        with output.open("wb") as file:
+            self.process, *self._beside = [
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=host.environ,
+                    start_new_session=True,  # a Ctrl-C is for us; we end them in order
+                )
+                for command in commands
+            ]
 
     async def ready(self, client: Client) -> None:
         deadline = time.monotonic() + READY_S
@@ -106,61 +80,90 @@ class Broker:
             await asyncio.sleep(0.05)
         raise CheckError(f"mgpu serve did not answer within {READY_S} s")
 
-    def stop(self) -> int:
-        """Ask it to end, insist in the end, and give its exit status."""
-        self.process.terminate()
-        try:
-            return self.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
+    def stop(self) -> Sequence[int]:
+        """End it, then what runs beside it, by force if need be, and give the exit statuses."""
+        return [_stopped(process) for process in (self.process, *self._beside)]
 
     def last_words(self) -> str:
         lines = self._output.read_text(errors="replace").splitlines()
         return "\n".join(lines[-OUTPUT_LINES:])
 
 
-def free_ports(count: int) -> list[int]:
+class Stage(NamedTuple):
+    """What every scene plays on."""
+
+    host: Host
+    client: Client
+    watch: Watch
+
+    async def swaps(self) -> tuple[int, int]:
+        """How many loads there were by the process table, and how many evictions by the books."""
+        status = await self.client.status()
+        loads = sum(len(self.watch.seen.get(name, ())) for name in status["consumers"])
+        return loads, status["scheduler"]["evictions"]
+
+    async def until(
+        self, consumer: str, what: str, holds: Callable[[dict[str, Any]], object]
+    ) -> bool:
+        """Wait until it holds of the consumer's status; was it called down at work meanwhile?"""
+        deadline = time.monotonic() + CALL_S
+        down = False
+        while time.monotonic() < deadline:
+            row = (await self.client.status())["consumers"][consumer]
+            if holds(row):
+                return down
+            down = down or bool(row["active"] and row["healthy"] is False)
+            await asyncio.sleep(0.05)
+        raise CheckError(f"not within {CALL_S} s: {what}")
+
+
+Scene = Callable[[Stage], Awaitable[str]]
+
+
+def free_ports(count: int) -> list[str]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        return [str(each.getsockname()[1]) for each in sockets]
+
+
+def mgpu(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of `mgpu` to its end."""
+    return subprocess.run(
+        [_mgpu(), *words],
+        capture_output=True,
+        text=True,
+        env=host.environ,
+        timeout=COMMAND_S,
+        check=False,
+    )
 
 
 @contextlib.contextmanager
-def running_broker(folder: Path) -> Iterator[tuple[Broker, Watch]]:
-    """Start it on free ports, with its logs in `folder`; nothing lives on after the block."""
-    port, piper, whisper = free_ports(3)
-    voice, model = environment.models()
-    variables: Mapping[str, object] = {
-        "REAL_BROKER_PORT": port,
-        "REAL_PIPER_PORT": piper,
-        "REAL_WHISPER_PORT": whisper,
-        "REAL_PYTHON": environment.PYTHON,
-        "REAL_VOICE": voice,
-        "REAL_MODEL": model,
-        "REAL_LOG_DIR": folder / "events",
-    }
-    mgpu = shutil.which("mgpu", path=str(Path(sys.executable).parent))
-    check(mgpu, f"no mgpu command beside {sys.executable}")
-    watch = Watch({"piper": piper, "whisper": whisper})
-    output = folder / "broker.log"
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            [str(mgpu), "serve", "--config", str(CONFIG)],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {name: str(value) for name, value in variables.items()},
-            start_new_session=True,  # a Ctrl-C is for us; we end the broker in order
-        )
+def running_broker(host: Host, folder: Path) -> Iterator[tuple[Broker, Watch]]:
+    """Start it, with what it says in `folder`; nothing lives on after the block."""
+    watch = host.watch()
     watch.start()
-    broker = Broker(f"http://127.0.0.1:{port}", process, output)
+    broker = Broker(host, folder / "broker.log")
     try:
         yield broker, watch
     finally:
-        if process.poll() is None:
-            broker.stop()
+        broker.stop()
         watch.stop()
         watch.kill_all()
+
+
+def _stopped(process: subprocess.Popen[bytes]) -> int:
+    process.terminate()
+    try:
+        return process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _mgpu() -> str:
+    found = shutil.which("mgpu", path=str(Path(sys.executable).parent))
+    check(found, f"no mgpu command beside {sys.executable}")
+    return str(found)

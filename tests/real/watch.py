@@ -6,23 +6,35 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 INTERVAL_S = 0.02
 
 
-class Watch:
-    """Looks all the time from `start` to `stop`. A service is known by its port on the command
-    line, as no other process has it.
+class Service(NamedTuple):
+    """One that is known by these arguments on its command line, as no other process has them."""
 
-    `seen` has the process ids of each service in the order of their coming, `together` the
-    processes of different services that lived at one moment, `looks` how many moments there were.
+    arguments: tuple[str, ...]
+    mib: int  # as the configuration has it
+
+
+class Watch:
+    """Looks all the time from `start` to `stop`.
+
+    `seen` has the process ids of each service in the order of their coming, `beyond` who lived at
+    moments when that was more than `total_mib` has room for, `looks` how many moments there were.
     """
 
-    def __init__(self, ports: Mapping[str, int]) -> None:
-        self.seen: dict[str, list[int]] = {name: [] for name in ports}
-        self.together: list[dict[str, list[int]]] = []
+    def __init__(self, services: Mapping[str, Service], total_mib: int) -> None:
+        self.seen: dict[str, list[int]] = {name: [] for name in services}
+        self.beyond: list[dict[str, list[int]]] = []
         self.looks = 0
-        self._marks = {name: f"\0--port\0{port}\0".encode() for name, port in ports.items()}
+        self._services = services
+        self._total_mib = total_mib
+        self._marks = {
+            name: "\0".join(("", *service.arguments, "")).encode()
+            for name, service in services.items()
+        }
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._look_on, daemon=True)
 
@@ -59,8 +71,8 @@ class Watch:
         while not self._ending.is_set():
             found = self.alive()
             self.looks += 1
-            if len(found) > 1:
-                self.together.append(found)
+            if sum(self._services[name].mib for name in found) > self._total_mib:
+                self.beyond.append(found)
             for name, pids in found.items():
                 self.seen[name] += [pid for pid in pids if pid not in self.seen[name]]
             time.sleep(INTERVAL_S)

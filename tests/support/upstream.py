@@ -170,7 +170,12 @@ class Server:
         """Answer, unless the caller closes before the answer is complete."""
         work = asyncio.create_task(DOES[request.orders.get("do", "echo")](writer, request))
         gone = asyncio.create_task(until_closed(reader))
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            work.cancel()
+            gone.cancel()
+            raise
         if not work.done():
             self.counts["gone"] += 1
             work.cancel()

@@ -143,7 +143,11 @@ class Front:
         exchange: Exchange = scope["state"]["exchange"]
         request = Request(scope)
         settings = self._service.broker.settings
-        exchange.caller = identify(settings, request.headers, "client")
+        try:
+            exchange.caller = identify(settings, request.headers, "client")
+        except BrokerError:
+            exchange.reply.headers[b"www-authenticate"] = b'Basic realm="mgpu"'
+            raise
         names = [name for name, addresses in settings.fronts.items() if self._address in addresses]
         if not names:
             raise BrokerError(code="no_consumer", message="no consumer has this `front` any more")

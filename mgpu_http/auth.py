@@ -3,11 +3,12 @@
 Keys are long random tokens, so their SHA-256 is kept: nothing slower guards them better.
 """
 
+import base64
 import hashlib
 import hmac
 import ipaddress
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Literal
 from urllib.parse import urlsplit
@@ -55,7 +56,7 @@ def identify(settings: Settings, headers: Headers, access: Access) -> Caller:
     if key is None:
         raise BrokerError(
             code="unauthorized",
-            message="a key is needed, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`",
+            message="a key is needed: `Authorization: Bearer KEY`, `X-Api-Key: KEY`, or a password",
         )
     if access == "admin" and not key.admin:
         raise BrokerError(code="forbidden", message=f"key {key.name} is no admin key")
@@ -64,12 +65,26 @@ def identify(settings: Settings, headers: Headers, access: Access) -> Caller:
 
 def _known_key(keys: Iterable[AuthKey], headers: Headers) -> AuthKey | None:
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    offered = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    offer = OFFERS.get(scheme.lower(), lambda _token: "")
+    offered = [offer(token.strip()), headers.get("x-api-key", "")]
     hashes = [hash_key(key) for key in offered if key]
     matching = [
         key for key in keys for hashed in hashes if hmac.compare_digest(hashed, key.hash.lower())
     ]
     return matching[0] if matching else None
+
+
+def _password(token: str) -> str:
+    """Give the password of HTTP's basic scheme; the user's name may be anything."""
+    try:
+        return base64.b64decode(token, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
+
+
+# By scheme, how the key stands in `Authorization`. Browsers and clients that know nothing of keys
+# can send a password: those ask a person for it, these take it from http://any:KEY@host.
+OFFERS: Mapping[str, Callable[[str], str]] = {"bearer": str, "basic": _password}
 
 
 def check_names(settings: Settings, headers: Headers) -> None:

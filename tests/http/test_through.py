@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import signal
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError, web
 
+from mgpu_http.auth import hash_key
 from tests.support.dev_http import free_port, serving
 from tests.support.facade import Facade, config, facade, serve_process, write_config
 
@@ -145,13 +147,24 @@ async def test_a_page_of_its_own_is_not_foreign_to_the_service(tmp_path: Path) -
 
 
 async def test_where_keys_are_needed_a_front_needs_one_too(tmp_path: Path) -> None:
-    keys = {"auth": {"keys": [{"name": "me", "hash": "0" * 64}]}}
+    keys = {"auth": {"keys": [{"name": "me", "hash": hash_key("secret")}]}}
     service, port = Service(), free_port()
     async with serving(service.answer) as url:
         content = config(None, worker={"url": url, "front": port}, **keys)
         async with facade(tmp_path, content):
             answer = await at(port, "GET", "/x")
             assert (answer.status, answer.error) == (401, "unauthorized")
+            assert answer.headers["www-authenticate"].startswith("Basic ")
+            for wrong in ("Basic !", "Basic bWU6d3Jvbmc=", "Digest secret", "Basic c2VjcmV0"):
+                answer = await at(port, "GET", "/x", f"Authorization: {wrong}")
+                assert (answer.status, answer.error) == (401, "unauthorized"), wrong
+            password = {"Authorization": f"Basic {b64encode(b'anybody:secret').decode()}"}
+            async with ClientSession(headers=password) as session:
+                assert (await session.get(f"http://127.0.0.1:{port}/x")).status == 200
+                assert "Authorization" not in service.headers[-1]
+                async with session.ws_connect(f"http://127.0.0.1:{port}/ws") as socket:
+                    await socket.send_str("hi")
+                    assert await socket.receive_str(timeout=5) == "None hi"
             async with ClientSession() as session:
                 with pytest.raises(WSServerHandshakeError) as refused:
                     await session.ws_connect(f"http://127.0.0.1:{port}/ws")

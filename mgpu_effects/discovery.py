@@ -224,16 +224,18 @@ def _value(ask: presets.Ask | None, answers: Mapping[str, Answer | None]) -> Any
 
 
 def _models(told: Any) -> Iterable[Model]:
-    """Give what of the list can be a name in a configuration."""
+    """Give what of the list can be a name in a configuration, each once."""
+    found: dict[str, Model] = {}
     for each in told[:_MOST_MODELS] if isinstance(told, list) else ():
         name, size = each.get("id"), each.get("bytes")
         if (
             isinstance(name, str)
-            and is_model_name(name)
             and name.isprintable()
+            and is_model_name(name)
             and "${" not in name
         ):
-            yield Model(name=name, mib=size >> 20 if isinstance(size, int) and size else None)
+            found[name] = Model(name=name, mib=size >> 20 if isinstance(size, int) else None)
+    return found.values()
 
 
 def _problem(path: str, answer: Answer | None) -> str | None:

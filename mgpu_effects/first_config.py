@@ -16,6 +16,7 @@ from mgpu_effects.settings import KINDS, GpuSettings
 from mgpu_effects.units import ANY
 
 WIDTH = 100
+INDENT = "    "
 FRONT_OFFSET = 10_000
 LAST_PORT = 65_535
 # By what name OpenAI's clients ask for speech, and at which path that must be understood.
@@ -66,13 +67,13 @@ def flow(value: Any) -> str:
     return json.dumps(value)
 
 
-def comment(text: str, indent: str = "", bullet: str = "") -> Iterator[str]:
-    first, rest = f"{indent}# {bullet}", f"{indent}# {' ' * len(bullet)}"
+def comment(text: str, bullet: str = "") -> Iterator[str]:
+    """Give it in lines that may be indented as the keys of a consumer are."""
     yield from wrap(
         text,
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=rest,
+        WIDTH - len(INDENT),
+        initial_indent=f"# {bullet}",
+        subsequent_indent=f"# {' ' * len(bullet)}",
         break_long_words=False,
         break_on_hyphens=False,
     )
@@ -137,26 +138,17 @@ class _Writer:
 
     def consumer(self, service: Service) -> Iterator[str]:
         yield f"  {service.name}:"
-        for line in self._about(service):
-            yield f"    {line}"
-        yield f"    url: {service.url}"
-        yield f"    preset: {service.preset.name}"
         for line in (
+            *_about(service),
+            f"url: {service.url}",
+            f"preset: {service.preset.name}",
             *self._memory(service),
             *self._required(service),
             *self._models(service),
             *_driver(service),
             *self._front(service),
         ):
-            yield f"    {line}"
-
-    def _about(self, service: Service) -> Iterator[str]:
-        yield from comment(f"{seen(service)}.", "")
-        if service.problems:
-            yield from comment(f"Not as it should be: {'; '.join(service.problems)}.")
-        yield "# It needs:"
-        for need in service.preset.needs:
-            yield from comment(need, bullet="- ")
+            yield f"{INDENT}{line}"
 
     def _memory(self, service: Service) -> Iterator[str]:
         keys, by_models = service.preset.consumer, "models" in service.preset.requires
@@ -243,9 +235,18 @@ def seen(service: Service) -> str:
     version = f" {service.version}" if service.version else ""
     answers = f"Answers as {title}{version}"
     if service.discovery.guess:
-        answers = f"Taken for {title} as it is on port {service.port}: no answer of it says so"
+        answers = f"Taken for {title}, of which no answer tells, as it is on port {service.port}"
     parts = [answers, runs(service), *([held(service)] if service.held_mib else [])]
     return ", ".join(filter(None, parts))
+
+
+def _about(service: Service) -> Iterator[str]:
+    yield from comment(f"{seen(service)}.")
+    if service.problems:
+        yield from comment(f"Not as it should be: {'; '.join(service.problems)}.")
+    yield "# It needs:"
+    for need in service.preset.needs:
+        yield from comment(need, bullet="- ")
 
 
 def runs(service: Service) -> str:

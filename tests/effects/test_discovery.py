@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
+from unittest import mock
 
+import pynvml
 import pytest
 from aiohttp import web
 
@@ -97,15 +100,15 @@ def test_mvoice_is_guessed_where_it_is_expected_and_nobody_else_is_known():
     assert recognise(dict.fromkeys(PATHS), ["mvoice"]) is None
 
 
-# The first answer of each path that a real server gave, by the file that holds them.
+# What real servers were recorded to answer, by file; a long answer was cut, and is no JSON then.
 RECORDED = [
-    ("comfyui/01_idle.jsonl", "comfyui"),
-    ("comfyui/v0.27.0/01_idle.jsonl", "comfyui"),
-    ("llama-server/single.jsonl", "llama-server"),
-    ("llama-server/router.jsonl", "llama-router"),
-    ("whisper-server/whisper.jsonl", "whisper-server"),
-    ("faster-whisper-server/fws.jsonl", "faster-whisper-server"),
-    ("piper-http/piper.jsonl", "piper"),
+    ("comfyui/01_idle.jsonl", {"comfyui"}),
+    ("comfyui/v0.27.0/01_idle.jsonl", {"comfyui"}),
+    ("llama-server/single.jsonl", {"llama-server"}),
+    ("llama-server/router.jsonl", {"llama-router"}),
+    ("whisper-server/whisper.jsonl", {"whisper-server"}),
+    ("faster-whisper-server/fws.jsonl", set()),
+    ("piper-http/piper.jsonl", {"piper"}),
 ]
 
 
@@ -123,20 +126,16 @@ def recorded_answers(file: Path) -> list[tuple[str, Answer]]:
 
 
 @pytest.mark.skipif(not RECORDINGS.is_dir(), reason="the recordings are not here")
-@pytest.mark.parametrize(("file", "preset"), RECORDED)
-def test_no_recorded_answer_is_taken_for_another_service(file, preset):
-    """Long answers were cut: who says so in a long one is not seen here."""
+@pytest.mark.parametrize(("file", "recognised"), RECORDED)
+def test_a_recorded_server_is_taken_for_itself_whatever_it_answers(file, recognised):
     said = recorded_answers(RECORDINGS / file)
     assert said
-    of_each = {
+    assert recognised == {
         name
         for name in TOLD
         for path, answer in said
         if path == DISCOVERED[name].path and answer.says(DISCOVERED[name].when)
     }
-    cut = {"faster-whisper-server", "llama-router"}
-    loading = {"llama-server"} if preset == "llama-router" else set()
-    assert of_each - loading in ({preset}, set() if preset in cut else {preset})
 
 
 # ------------------------------------------------------------------------------- asking a host
@@ -223,3 +222,30 @@ async def test_two_of_a_kind_get_names_of_their_own_and_who_does_most_comes_firs
     assert names == ["speaches", "llama-server", f"llama-server-{ports[1]}"]
     assert all(isinstance(each, Service) for each in host.services)
     assert not any(isinstance(each, Stranger) for each in host.services)
+
+
+# ------------------------------------------------------------------------------------------ cards
+
+NVIDIA_SMI = """\
+#!/bin/sh
+case "$1" in
+--query-gpu*) echo '0, GPU-8f0e, 24576, 5000, 19576'; echo '1, GPU-11aa, 8192, 0, 8192';;
+*) echo 'GPU-8f0e, {pid}, 4500'; echo 'GPU-11aa, 1, 300';;
+esac
+"""
+
+
+async def test_the_cards_and_who_holds_them_are_read(tmp_path):
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI.format(pid=os.getpid()))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    with mock.patch.object(pynvml, "nvmlInit", side_effect=pynvml.NVMLError_LibraryNotFound):
+        host = await found(answering(ANSWERS["comfyui"]))
+    assert [(card.index, card.total_mib) for card in host.cards] == [(0, 24576), (1, 8192)]
+    assert host.gpu_error is None
+    assert host.services[0].held_mib == {}  # whoever looks is not a service
+
+
+async def test_without_a_card_it_says_why():
+    with mock.patch.object(pynvml, "nvmlInit", side_effect=pynvml.NVMLError_LibraryNotFound):
+        host = await found(answering(ANSWERS["comfyui"]))
+    assert (host.cards, host.gpu_error) == ((), "no_gpu")

@@ -18,12 +18,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from mgpu_effects.discovery import Answer
-from mgpu_effects.gpu import SIMULATED_GPU
+if TYPE_CHECKING:
+    from mgpu_effects.discovery import Answer
 
 ROOT = Path(__file__).parents[2]
 READY_S = 20
@@ -92,7 +92,9 @@ class Known:
     version: str | None = None
     models: tuple[str, ...] = ()
 
-    def answer(self, path: str) -> Answer:
+    def answer(self, path: str) -> "Answer":
+        from mgpu_effects.discovery import Answer  # the stand-ins start without it
+
         found = path in self.answers
         body = self.answers[path] if found else self.missing
         return Answer(status=200 if found else self.status, headers=self.headers, body=body)
@@ -319,7 +321,7 @@ class DesignHost:
     def environment(self) -> dict[str, str]:
         return {
             "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}",
-            SIMULATED_GPU: str(self.directory / "card.json"),
+            "MGPU_SIMULATED_GPU": str(self.directory / "card.json"),
             "STATE_DIRECTORY": str(self.directory / "state"),
         }
 

@@ -194,9 +194,10 @@ async def _asked(
     session: aiohttp.ClientSession, service: Service, answers: Mapping[str, Answer | None]
 ) -> Service:
     """Add what the service tells of itself, and what of its preset it does not answer to."""
-    keys, discovery = service.preset.consumer, service.discovery
-    checked = [keys["health"]["path"], *_residency_path(service.preset)]
-    asks = [ask.path for ask in (discovery.version, discovery.models) if ask]
+    discovery = service.discovery
+    checked = [service.preset.consumer["health"]["path"], *_residency_path(service.preset)]
+    checked += [discovery.models.path] if discovery.models else []
+    asks = [discovery.version.path] if discovery.version else []
     more = await _ask_all(session, service.port, {*checked, *asks} - answers.keys())
     answers = {**answers, **more}
     version = _value(discovery.version, answers)
@@ -204,7 +205,7 @@ async def _asked(
         service,
         version=_plain(version) if isinstance(version, str | int | float) else None,
         models=tuple(_models(_value(discovery.models, answers))),
-        problems=tuple(filter(None, (_problem(path, answers[path]) for path in checked))),
+        problems=tuple(_problems({path: answers[path] for path in checked})),
     )
 
 
@@ -238,13 +239,14 @@ def _models(told: Any) -> Iterable[Model]:
     return found.values()
 
 
-def _problem(path: str, answer: Answer | None) -> str | None:
-    if answer is None:
-        return f"GET {path} was not answered"
-    if answer.status in (401, 403):
-        return f"GET {path} wants a key: `headers: {{Authorization: Bearer ...}}` belongs here"
-    ok = 200 <= answer.status < 300
-    return None if ok else f"GET {path} was answered with {answer.status}"
+def _problems(answers: Mapping[str, Answer | None]) -> Iterable[str]:
+    for path, answer in answers.items():
+        if answer is None:
+            yield f"GET {path} was not answered"
+        elif answer.status in (401, 403):
+            yield f"GET {path} wants a key: `headers: {{Authorization: Bearer ...}}` belongs here"
+        elif not 200 <= answer.status < 300:
+            yield f"GET {path} was answered with {answer.status}"
 
 
 def _plain(value: object) -> str:

@@ -23,11 +23,11 @@ ENGINES: tuple[Engine, ...] = ("docker", "podman")
 _TIMEOUT_S = 5.0
 _HERE = re.compile(r"(?:127\.[0-9.]+|0\.0\.0\.0|\*|\[::1?\]|\[::ffff:127\.[0-9.]+\])(?:%\w+)?")
 _PUBLISHED = re.compile(r":(\d+)(?:-(\d+))?->")
-_CONTAINER = re.compile(r"(?:(?:docker|libpod)-)?([0-9a-f]{64})(?:\.scope)?")
+_CONTAINER = re.compile(r"(?:docker-|libpod-(?:payload-)?)?([0-9a-f]{64})(?:\.scope)?")
 _MANAGER = re.compile(r"user@(\d+)\.service")
 # What runs on behalf of somebody else: to stop it would stop far more than one service.
 _NO_SERVICE = re.compile(
-    r"(?:docker|containerd|podman|sshd?|crond?|app-.*|vte-.*)(?:@.*)?\.service"
+    r"(?:docker|containerd|podman[a-z-]*|sshd?|crond?|app-.*|vte-.*)(?:@.*)?\.service"
 )
 
 
@@ -70,16 +70,16 @@ async def run_by(ports: Collection[int]) -> Mapping[int, RunBy]:
 
 
 def _told(port: int, parts: frozenset[str], containers: Collection[Container]) -> RunBy:
+    """A unit comes first: one that keeps a container would start it again behind our back."""
+    managers = {int(match[1]) for part in parts if (match := _MANAGER.fullmatch(part))}
+    units = [part for part in parts if _is_unit(part)]
+    if len(units) == 1 and managers <= {os.getuid()}:
+        return RunBy(unit=units[0], user=bool(managers), cgroup=units[0])
     ids = {match[1] for part in parts if (match := _CONTAINER.fullmatch(part))}
     for one in containers:
         if port in one.ports or one.id in ids:
             return RunBy(container=one.name, engine=one.engine, cgroup=one.id)
-    managers = {int(match[1]) for part in parts if (match := _MANAGER.fullmatch(part))}
-    units = [part for part in parts if _is_unit(part)]
-    ours = managers <= {os.getuid()}
-    if ids or len(units) != 1 or not ours:
-        return RunBy()
-    return RunBy(unit=units[0], user=bool(managers), cgroup=units[0])
+    return RunBy()
 
 
 def _names_somebody(part: str) -> bool:

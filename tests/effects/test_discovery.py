@@ -173,6 +173,9 @@ async def test_a_service_that_lacks_what_its_preset_asks_says_so():
     host = await found(answering(ANSWERS["vllm"]))
     assert host.services[0].problems == ("GET /is_sleeping was answered with 404",)
     host = await found(answering(ANSWERS["llama-server with a key"]))
+    (problem,) = host.services[0].problems
+    assert problem.startswith("GET /models wants a key: `headers: {Authorization: ")
+    host = await found(answering(ANSWERS["llama-server"]))
     assert host.services[0].problems == ()
 
 

@@ -88,6 +88,13 @@ async def test_a_container_on_the_hosts_network_by_its_control_group(tools, grou
     assert await told() == RunBy(container="voice", engine="docker", cgroup=ID)
 
 
+async def test_a_unit_that_keeps_a_container_is_who_runs_it(tools):
+    """Stopped by podman, the container would be started again by its unit."""
+    tools("ss", listens(f"/system.slice/voice.service/libpod-payload-{ID}"))
+    tools("podman", f"{ID}\tsystemd-voice\t127.0.0.1:8178->80/tcp\n")
+    assert await told() == RunBy(unit="voice.service", cgroup="voice.service")
+
+
 async def test_a_container_that_the_engine_does_not_tell_of_is_nobodys(tools):
     tools("ss", listens(f"/system.slice/docker-{ID}.scope"))
     tools("docker", "", 1)

@@ -72,6 +72,8 @@ class Service:
     models: tuple[Model, ...] = ()
     run_by: RunBy = field(factory=RunBy)
     held_mib: Mapping[int, int] = field(factory=dict)
+    # False: it runs without the routes by which its preset loads, unloads and sees it.
+    has_routes: bool = True
     problems: tuple[str, ...] = ()
 
     @property
@@ -201,8 +203,10 @@ async def _asked(
     more = await _ask_all(session, service.port, {*checked, *asks} - answers.keys())
     answers = {**answers, **more}
     version = _value(discovery.version, answers)
+    lacking = [path for path in _residency_path(service.preset) if _is_missing(answers[path])]
     return evolve(
         service,
+        has_routes=not lacking or "models" in service.preset.requires,
         version=_plain(version) if isinstance(version, str | int | float) else None,
         models=tuple(_models(_value(discovery.models, answers))),
         problems=tuple(_problems({path: answers[path] for path in checked})),
@@ -212,6 +216,10 @@ async def _asked(
 def _residency_path(known: Preset) -> list[str]:
     asked = known.consumer.get("residency")
     return [asked["path"]] if isinstance(asked, Mapping) else []
+
+
+def _is_missing(answer: Answer | None) -> bool:
+    return answer is not None and answer.status == 404
 
 
 def _value(ask: presets.Ask | None, answers: Mapping[str, Answer | None]) -> Any:

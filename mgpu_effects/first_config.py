@@ -11,7 +11,8 @@ from typing import Any
 
 from attrs import define, field
 
-from mgpu_effects.discovery import Host, Model, Service, Stranger
+from mgpu_effects.discovery import Card, Host, Model, Service, Stranger
+from mgpu_effects.run_by import RunBy
 from mgpu_effects.settings import KINDS, GpuSettings
 from mgpu_effects.units import ANY
 
@@ -87,6 +88,7 @@ class _Writer:
     listen_port: int | None
     _names: set[str] = field(factory=set, init=False)
     _fronts: set[int] = field(factory=set, init=False)
+    _drivers: dict[RunBy, str] = field(factory=dict, init=False)
 
     # ------------------------------------------------------------------------------- the host
 
@@ -143,9 +145,10 @@ class _Writer:
             f"url: {service.url}",
             f"preset: {service.preset.name}",
             *self._memory(service),
+            *_taken_back(service, cards=bool(self.host.cards)),
             *self._required(service),
             *self._models(service),
-            *_driver(service),
+            *self._driver(service),
             *self._front(service),
         ):
             yield f"{INDENT}{line}"
@@ -153,7 +156,6 @@ class _Writer:
     def _memory(self, service: Service) -> Iterator[str]:
         keys, by_models = service.preset.consumer, "models" in service.preset.requires
         if not self.host.cards:
-            yield from _without_memory(keys)
             return
         residue = keys.get("vram_residue_mib", 0)
         held = {gpu: mib for gpu, mib in service.held_mib.items() if mib > residue + IDLE_MIB}
@@ -161,7 +163,9 @@ class _Writer:
         if keys.get("gpu") == "none" and not held:
             return  # on the processor, as its preset says
         if len(held) > 1 and not by_models:
-            yield f"gpu: {flow_numbers(held)} # MiB by card, as measured now"
+            usable = {card.index: _usable_mib(card) for card in self.host.cards}
+            by_card = {gpu: min(mib, usable[gpu]) for gpu, mib in held.items()}
+            yield f"gpu: {flow(by_card)} # MiB by card, as measured now"
             return
         if first != 0 or "gpu" in keys:
             yield f"gpu: {first}"
@@ -169,8 +173,8 @@ class _Writer:
             yield self._footprint(first, held.get(first))
 
     def _footprint(self, gpu: int, mib: int | None) -> str:
-        total = next(card.total_mib for card in self.host.cards if card.index == gpu)
-        if mib is None or mib > total - GpuSettings().cushion_mib:
+        card = next(card for card in self.host.cards if card.index == gpu)
+        if mib is None or mib > _usable_mib(card):
             return "vram_resident_mib: auto # MiB that it takes; until it is measured, unknown"
         return f"vram_resident_mib: {mib} # as measured now; give the most that it takes"
 
@@ -213,6 +217,13 @@ class _Writer:
             if kind in paths and understood and name not in self._names:
                 self._names.add(name)
                 yield name
+
+    def _driver(self, service: Service) -> Iterator[str]:
+        owner = self._drivers.setdefault(service.run_by, service.name)
+        if service.run_by != RunBy() and owner != service.name:
+            yield from comment(f"Who stops what runs {owner} stops this too: it has no driver.")
+        else:
+            yield from _driver(service)
 
     def _front(self, service: Service) -> Iterator[str]:
         if not service.discovery.front:
@@ -261,8 +272,8 @@ def held(service: Service) -> str:
     return f"holds {on} now"
 
 
-def flow_numbers(by_gpu: Mapping[int, int]) -> str:
-    return "{" + ", ".join(f"{gpu}: {mib}" for gpu, mib in by_gpu.items()) + "}"
+def _usable_mib(card: Card) -> int:
+    return card.total_mib - GpuSettings().cushion_mib
 
 
 def _names(model: Model) -> tuple[str, ...]:
@@ -287,19 +298,29 @@ def _without_cards(error: str) -> str:
     )
 
 
-def _without_memory(keys: Mapping[str, Any]) -> Iterator[str]:
-    """Give what says that it uses no card, whatever its preset says of its memory."""
-    if keys.get("gpu") != "none":
-        yield "gpu: none # no card was seen: it needs no memory of one, and no slot"
-    if keys.get("vram_residue_mib"):
-        yield "vram_residue_mib: 0"
-    asked = keys.get("residency")
-    if isinstance(asked, Mapping) and "mib" in asked:
-        yield f"residency: {flow({key: asked[key] for key in ('path', 'resident')})}"
+def _taken_back(service: Service, *, cards: bool) -> Iterator[str]:
+    """Give what is not so here of what its preset says: it uses no card, it lacks the routes."""
+    keys, given = service.preset.consumer, dict[str, str]()
+    residue, asked = keys.get("vram_residue_mib"), keys.get("residency")
+    if not cards:
+        if keys.get("gpu") != "none":
+            given["gpu"] = "none # no card was seen: it needs no memory of one, and no slot"
+        if isinstance(asked, Mapping) and "mib" in asked:
+            given["residency"] = flow({key: asked[key] for key in ("path", "resident")})
+    if not service.has_routes:
+        yield from comment(
+            "It runs without what its preset loads and unloads it by (see what it needs): until it"
+            " has that, and the lines up to `residency` are gone, only a driver can send it out."
+        )
+        given |= {"load": "[]", "unload": "[]", "residency": "assumed"}
+    if residue and not (cards and service.has_routes):
+        given["vram_residue_mib"] = "0"
+    yield from (f"{key}: {value}" for key, value in given.items())
 
 
 def _driver(service: Service) -> Iterator[str]:
-    by, has_route = service.run_by, "unload" in service.preset.consumer
+    by = service.run_by
+    has_route = service.has_routes and "unload" in service.preset.consumer
     if by.container:
         yield f"driver: {flow({'container': {'name': by.container, 'engine': by.engine}})}"
     elif by.unit and by.user:

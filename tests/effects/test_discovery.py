@@ -172,6 +172,7 @@ async def test_the_size_of_a_model_is_in_mib():
 async def test_a_service_that_lacks_what_its_preset_asks_says_so():
     host = await found(answering(ANSWERS["vllm"]))
     assert host.services[0].problems == ("GET /is_sleeping was answered with 404",)
+    assert not host.services[0].has_routes
     host = await found(answering(ANSWERS["llama-server with a key"]))
     (problem,) = host.services[0].problems
     assert problem.startswith("GET /models wants a key: `headers: {Authorization: ")

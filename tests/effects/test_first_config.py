@@ -100,6 +100,9 @@ def test_who_works_on_several_cards_takes_from_each(written):
     found = service("vllm", held_mib={0: 21000, 1: 20500})
     settings, _ = written(found, cards=(CARD, SECOND))
     assert settings.consumers["vllm"].gpu == {0: 21000, 1: 20500}
+    full = service("vllm", held_mib={0: 24500, 1: 24400})
+    settings, _ = written(full, cards=(CARD, SECOND))
+    assert settings.consumers["vllm"].gpu == {0: 24320, 1: 24320}
     settings, _ = written(service("comfyui", held_mib={1: 9000}), cards=(CARD, SECOND))
     comfyui = settings.consumers["comfyui"]
     assert (comfyui.gpu, comfyui.vram_resident_mib) == (1, 9000)
@@ -142,9 +145,30 @@ def test_a_unit_of_the_system_is_not_needed_by_who_unloads_by_itself(written, mo
     assert ("# systemd_unit: it.service" in text) != root
 
 
+def test_two_that_one_unit_runs_have_one_driver_between_them(written):
+    """`mgpu check` refuses a unit that two would stop."""
+    settings, text = written(
+        service("llama-server", run_by=UNIT), service("whisper-server", 7001, run_by=UNIT)
+    )
+    drivers = [consumer.driver for consumer in settings.consumers.values()]
+    assert (drivers[0].systemd.unit, drivers[1]) == ("it.service", None)
+    assert "Who stops what runs llama-server stops this too" in text
+
+
 def test_who_has_no_way_out_is_told_what_is_missing(written):
     assert "it is never sent out" in written(service("llama-server"))[1]
     assert "it is never sent out" not in written(service("kokoro"))[1]
+
+
+@pytest.mark.parametrize("cards", [(), (CARD,)])
+def test_who_lacks_the_routes_of_its_preset_is_started_and_stopped_by_its_driver(written, cards):
+    """A load by a route that is not there would fail, and with it each request."""
+    found = service("vllm", has_routes=False, run_by=UNIT, held_mib={0: 21000})
+    vllm = written(found, cards=cards)[0].consumers["vllm"]
+    assert (vllm.load, vllm.unload, vllm.residency, vllm.vram_residue_mib) == ((), (), "assumed", 0)
+    assert vllm.driver.systemd.unit == "it.service"
+    _, text = written(service("vllm", has_routes=False), cards=cards)
+    assert "it is never sent out" in text
 
 
 # ---------------------------------------------------------------------------------------- names

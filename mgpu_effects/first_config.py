@@ -155,13 +155,11 @@ class _Writer:
 
     def _memory(self, service: Service) -> Iterator[str]:
         keys, by_models = service.preset.consumer, "models" in service.preset.requires
-        if not self.host.cards:
+        if not self._uses_card(service):
             return
         residue = keys.get("vram_residue_mib", 0)
         held = {gpu: mib for gpu, mib in service.held_mib.items() if mib > residue + IDLE_MIB}
         first = max(held, key=lambda gpu: held[gpu], default=self.host.cards[0].index)
-        if keys.get("gpu") == "none" and not held:
-            return  # on the processor, as its preset says
         if len(held) > 1 and not by_models:
             usable = {card.index: _usable_mib(card) for card in self.host.cards}
             by_card = {gpu: min(mib, usable[gpu]) for gpu, mib in held.items()}
@@ -171,6 +169,11 @@ class _Writer:
             yield f"gpu: {first}"
         if not by_models:
             yield self._footprint(first, held.get(first))
+
+    def _uses_card(self, service: Service) -> bool:
+        """Say whether it is to be reckoned with: some work on the processor, as far as is seen."""
+        on_processor = service.preset.consumer.get("gpu") == "none" and not service.held_mib
+        return bool(self.host.cards) and not on_processor
 
     def _footprint(self, gpu: int, mib: int | None) -> str:
         card = next(card for card in self.host.cards if card.index == gpu)
@@ -223,7 +226,7 @@ class _Writer:
         if service.run_by != RunBy() and owner != service.name:
             yield from comment(f"Who stops what runs {owner} stops this too: it has no driver.")
         else:
-            yield from _driver(service)
+            yield from _driver(service, uses_card=self._uses_card(service))
 
     def _front(self, service: Service) -> Iterator[str]:
         if not service.discovery.front:
@@ -318,7 +321,7 @@ def _taken_back(service: Service, *, cards: bool) -> Iterator[str]:
     yield from (f"{key}: {value}" for key, value in given.items())
 
 
-def _driver(service: Service) -> Iterator[str]:
+def _driver(service: Service, *, uses_card: bool) -> Iterator[str]:
     by = service.run_by
     has_route = service.has_routes and "unload" in service.preset.consumer
     if by.container:
@@ -331,7 +334,7 @@ def _driver(service: Service) -> Iterator[str]:
         off = "# " if has_route and os.geteuid() != 0 else ""
         may = "docs/operations.md says how to permit it" if os.geteuid() != 0 else "its way out"
         yield f"{off}systemd_unit: {flow(by.unit)} # {may}"
-    elif not has_route:
+    elif uses_card and not has_route:
         yield from comment(
             "What runs it is not known, and it cannot unload by itself: without `systemd_unit` or"
             " another `driver` here it is never sent out. As root `mgpu init` sees more."

@@ -57,6 +57,17 @@ def listeners(proc: Path = PROC) -> Mapping[int, frozenset[int]]:
     return {port: frozenset(inodes) for port, inodes in by_port.items()}
 
 
+def listening(port: int, proc: Path = PROC) -> tuple[Process, ...]:
+    """Give the processes that listen on a TCP port, those that we may look at."""
+    inodes = listeners(proc).get(port, frozenset())
+    every = (_process(int(entry.name), proc) for entry in proc.glob("[0-9]*") if inodes)
+    return tuple(
+        one
+        for one in every
+        if one and one.name not in _MANAGERS and not one.sockets.isdisjoint(inodes)
+    )
+
+
 def _process(pid: int, proc: Path) -> Process | None:
     here = proc / str(pid)
     head, _, tail = _text(here / "stat").rpartition(")")

@@ -273,9 +273,35 @@ def demo_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def init_arguments(parser: ArgumentParser) -> None:
+    config_or_path(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print it, and write nothing")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument(
+        "--listen",
+        metavar="ADDRESS",
+        default="127.0.0.1:8770",
+        help="where the broker is to be reached [127.0.0.1:8770]",
+    )
+    parser.add_argument(
+        "--ports",
+        metavar="PORTS",
+        default="known",
+        help="where to look, as 9000,mvoice:9766: what cannot be told by its answers has its preset"
+        " before it; `known` stands for the usual ports [known]",
+    )
+
+
 REMOTE: tuple[Add, ...] = (broker_url, as_json)
 
 COMMANDS = (
+    Command(
+        name="init",
+        help="find the services of this host and write a first configuration for them",
+        example="mgpu init --dry-run",
+        run="commands.init:init",
+        add=(init_arguments, as_json),
+    ),
     Command(
         name="serve",
         help="run the broker",

@@ -1,7 +1,7 @@
 """Shipped keys for known services: `preset: NAME` in a consumer. Each has a file beside this one.
 
-A file has what the service needs to run with, its traps, how far its keys were tried out, and at
-its end the keys themselves.
+A file has what the service needs to run with, its traps, how far its keys were tried out, how it is
+told from others (`discovery`, for `mgpu init`), and at its end the keys themselves.
 """
 
 from collections.abc import Mapping
@@ -23,6 +23,33 @@ VERIFIED = {
 
 
 @frozen(kw_only=True)
+class Ask:
+    """What to ask a service, by GET, and what of its JSON is wanted, in JMESPath."""
+
+    path: str
+    value: str
+
+
+@frozen(kw_only=True)
+class Discovery:
+    """How a service is told from all others, by requests that neither load nor wake anything.
+
+    `when` is JMESPath over `{status, headers, body}` of the answer at `path`: names of headers in
+    small letters, the body as JSON, or as text where it is none.
+    """
+
+    path: str
+    when: str
+    # Its answer says nothing of it: whom no other knows, at its own port, is taken for it.
+    guess: bool = False
+    ports: tuple[int, ...] = ()  # where it is often found, beside that of `url`
+    version: Ask | None = None
+    models: Ask | None = None  # as a list of {id, bytes}, the bytes of its weights if it tells
+    front: bool = False  # it has a page or clients that need a port of its own
+    audio: bool = False  # its answers refer to sound files under /audio/
+
+
+@frozen(kw_only=True)
 class Preset:
     """What is known of a service, and how far.
 
@@ -37,6 +64,7 @@ class Preset:
     traps: tuple[str, ...]
     # What must stand beside the preset: the key, and its value as an example.
     requires: Mapping[str, str] = field(factory=dict)
+    discovery: Discovery | None = None  # None: another preset stands for the same service
     consumer: Mapping[str, Any]
     text: str  # of its keys, as the file has them, comments and all
 
@@ -53,6 +81,8 @@ def preset(name: str) -> Preset:
     """Give one of `names`."""
     known: dict[str, Any] = YAML(typ="safe", pure=True).load(_text(name))
     known |= {key: tuple(known[key]) for key in ("needs", "traps")}
+    if "discovery" in known:
+        known["discovery"] = _discovery(known["discovery"])
     _, _, keys = _text(name).partition(f"\n{KEYS}:\n")
     return Preset(name=name, text=keys, **known)
 
@@ -71,6 +101,11 @@ def ways(known: Preset) -> tuple[str, str, str]:
         _route(keys["unload"]) if "unload" in keys else "its driver",
         f"GET {asked['path']}" if asked else assumed,
     )
+
+
+def _discovery(told: dict[str, Any]) -> Discovery:
+    asks: dict[str, Any] = {key: Ask(**told[key]) for key in ("version", "models") if key in told}
+    return Discovery(**{**told, **asks, "ports": tuple(told.get("ports", ()))})
 
 
 def _route(step: Mapping[str, Any]) -> str:

@@ -30,7 +30,8 @@ def show(arguments: Namespace) -> int:
         raise CommandError(f"{text}; there are: {listed(presets.names(), 'and')}", USAGE)
     known = presets.preset(arguments.name)
     if arguments.json:
-        document({key: value for key, value in asdict(known).items() if key != "text"})
+        hidden = ("text", "discovery")
+        document({key: value for key, value in asdict(known).items() if key not in hidden})
     else:
         result(yaml_of(known))
     return DONE

@@ -65,8 +65,8 @@ def identify(settings: Settings, headers: Headers, access: Access) -> Caller:
 
 def _known_key(keys: Iterable[AuthKey], headers: Headers) -> AuthKey | None:
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    offer = OFFERS.get(scheme.lower(), lambda _token: "")
-    offered = [offer(token.strip()), headers.get("x-api-key", "")]
+    offer = OFFERS.get(scheme.lower())
+    offered = [offer(token.strip()) if offer else "", headers.get("x-api-key", "")]
     hashes = [hash_key(key) for key in offered if key]
     matching = [
         key for key in keys for hashed in hashes if hmac.compare_digest(hashed, key.hash.lower())

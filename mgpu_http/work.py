@@ -1,6 +1,5 @@
 """Work for the consumers: everything that is proxied."""
 
-import math
 from urllib.parse import unquote
 
 from attrs import frozen
@@ -22,13 +21,14 @@ from mgpu_effects.settings import (
     WorkEndpoint,
 )
 from mgpu_effects.units import server_of, unit_name
-from mgpu_http.auth import CREDENTIALS, Caller, is_own_page
+from mgpu_http.asked import asked_max_wait_s, asked_priority, asked_to_wait, comments_every_s
+from mgpu_http.auth import CREDENTIALS, is_own_page
 from mgpu_http.body import SpooledBody, refuse_beyond
 from mgpu_http.dialects import dialect_of
 from mgpu_http.exchange import Exchange, Service
 from mgpu_http.models import FIELD, Asked, asked_model, renamed
 from mgpu_http.paths import with_query
-from mgpu_http.progress import COMMENT_S, Progress, streams
+from mgpu_http.progress import Progress, streams
 from mgpu_http.status import describe
 
 
@@ -198,19 +198,6 @@ async def submit(
             progress.stop()
 
 
-def comments_every_s(request: requests.Request, consumer: ConsumerSettings) -> float | None:
-    """Say how often the client of a stream wants to hear that it waits; None: never.
-
-    The configuration can't know what other clients than those of OpenAI and Anthropic can read.
-    """
-    asked = request.headers.get("x-mgpu-progress")
-    if asked not in {None, "sse"}:
-        raise BrokerError(code="bad_request", message="X-Mgpu-Progress is sse, or left out")
-    if asked is None and request.scope["path"] not in MODEL_PATHS:
-        return None
-    return consumer.wait_comments_s or (COMMENT_S if asked else None)
-
-
 def progress_of(service: Service, exchange: Exchange, job: Job, every_s: float) -> Progress:
     def place() -> str:
         return describe(service.broker.state, service.broker.waits, job.request)
@@ -319,47 +306,3 @@ def make_job(exchange: Exchange, scope: Scope, body: Body, errand: Errand, unit:
         scheme=scope["scheme"],
         host=host.decode("latin-1") if host is not None else None,
     )
-
-
-def asked_to_wait(request: requests.Request, consumer: ConsumerSettings) -> tuple[bool, bytes]:
-    """Say whether the client wants the finished work (`?wait=1`), and give the rest of the query.
-
-    Who is answered when the work is done has nothing to wait for.
-    """
-    query: bytes = request.scope["query_string"]
-    if "wait" not in request.query_params:
-        return False, query
-    asked = request.query_params["wait"]
-    if asked not in {"0", "1"}:
-        raise BrokerError(code="bad_request", message="wait is 1 or 0")
-    if asked == "1" and consumer.job is not None and consumer.job.result is None:
-        message = f"{consumer.name} has no job.result in the configuration: it can't be waited for"
-        raise BrokerError(code="bad_request", message=message, consumer=consumer.name)
-    rest = [part for part in query.split(b"&") if part.partition(b"=")[0] != b"wait"]
-    return asked == "1" and consumer.job is not None, b"&".join(rest)
-
-
-def asked_priority(
-    request: requests.Request, caller: Caller, consumer: ConsumerSettings
-) -> int | None:
-    """Give what X-Mgpu-Priority asks for, at most the key's, else at most the consumer's."""
-    asked = request.headers.get("x-mgpu-priority")
-    if asked is not None and asked not in {"0", "1", "2", "3", "4"}:
-        raise BrokerError(code="bad_request", message="X-Mgpu-Priority is a number from 0 to 4")
-    limit = caller.key.priority if caller.key else None
-    if asked is None:
-        return None if limit is None else min(limit, consumer.priority)
-    return min(int(asked), consumer.priority if limit is None else limit)
-
-
-def asked_max_wait_s(request: requests.Request) -> float | None:
-    asked = request.headers.get("x-mgpu-max-wait")
-    if asked is None:
-        return None
-    try:
-        seconds = float(asked)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise BrokerError(code="bad_request", message="X-Mgpu-Max-Wait is a number of seconds")
-    return seconds

@@ -71,12 +71,19 @@ def _see(d: Draft, name: str, *, resident: bool, source: Source) -> None:
         if state.residency is Residency.ABSENT:
             d.update(name, leaky_mib=None)  # it was loaded since, though not by us
         d.move(name, Cause.SEEN_RESIDENT, source, idle_since=idle_since)
-    elif state.cleared:
+    elif state.cleared or _awaits_its_first_request(d, name):
         return
     else:
         d.move(name, Cause.SEEN_ABSENT, source)
         if source is Source.PROBE:  # nobody has seen it empty that is only taken for it
             d.give_up_promise(name)
+
+
+def _awaits_its_first_request(d: Draft, name: str) -> bool:
+    """Its process runs for somebody who is not served yet: that it holds nothing is as it should."""
+    promise = d.promises.get(name)
+    is_in = d.consumers[name].residency is Residency.RESIDENT
+    return is_in and promise is not None and promise.granted is None and promise.done is None
 
 
 def _failed(d: Draft, event: ProbeResult, state: ConsumerState) -> None:

@@ -377,3 +377,21 @@ def test_nor_one_that_answers_no_probe_for_longer_than_two_of_them() -> None:
     assert core.request("r2", "b") == []
     assert core.wait(9) + core.sample(free=4_000) == []
     assert core.wait(2) + core.sample(free=4_000) == ["unload a"]
+
+
+def test_a_model_that_waits_for_a_place_at_its_server_is_not_brought_in_again_and_again() -> None:
+    """Its process runs, it loads with its first request, and each probe says that it is not in."""
+    unit = {"server": "s", "driver": "process", "server_concurrency": 1}
+    core = Core(lazy("a", 4_000, **unit), lazy("b", 4_000, **unit), gpus=CARD)
+    core.sample(free=15_000)
+    for name in ("a", "b"):
+        core.probe(name, failure="refused")
+    assert core.request("r1", "a") == ["load a"]
+    assert core.loaded("a") == ["serve r1"]
+    assert core.request("r2", "b") == ["load b"]
+    assert core.loaded("b") == []
+    assert core.wait(2) + core.probe("b", resident=False) == []
+    assert core.finish("r1") == ["serve r2"]
+    core.finish("r2")
+    core.probe("b", resident=False)
+    assert core.residency("b") == "absent"

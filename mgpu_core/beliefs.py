@@ -80,7 +80,7 @@ def _see(d: Draft, name: str, *, resident: bool, source: Source) -> None:
 
 
 def _awaits_its_first_request(d: Draft, name: str) -> bool:
-    """Its process runs for somebody who is not served yet: that it holds nothing is as it should."""
+    """Its process runs for somebody who is not served yet: it may hold nothing."""
     promise = d.promises.get(name)
     is_in = d.consumers[name].residency is Residency.RESIDENT
     return is_in and promise is not None and promise.granted is None and promise.done is None

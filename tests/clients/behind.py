@@ -42,7 +42,7 @@ class Behind:
 
     def client(self, library: str, way: str, *, awaited: bool = True, **more: Any) -> Any:
         """Make a client that asks this way, or give the one that is there already."""
-        key = (library, way, awaited, *more.items())
+        key = (library, way, awaited, repr(more))
         if key not in self.clients:
             made = self.clients[key] = client_of(library, self.url(way), awaited=awaited, **more)
             close = self.ending.push_async_callback if awaited else self.ending.callback
@@ -61,9 +61,10 @@ class Behind:
 async def behind(directory: Path, **keys: Any) -> AsyncIterator[Behind]:
     """One service under two names: one that any library speaks to, and as its preset has Ollama.
 
-    `keys` are more keys of the first, or the file's where they are none of a consumer.
+    `keys` are more keys of the first, or the file's where they are none of a consumer. With another
+    `url` it is down.
     """
-    top = {name: keys.pop(name) for name in ("auth", "scheduler") if name in keys}
+    top = {name: keys.pop(name) for name in ("auth", "max_body_mib") if name in keys}
     fronts = {"any": free_port(), "ollama": free_port()}
     async with apis() as service:
         some = {"url": service.url, "health": {"path": "/health"}, "front": fronts["any"]}
@@ -83,10 +84,10 @@ async def behind(directory: Path, **keys: Any) -> AsyncIterator[Behind]:
             async with facade(directory, content) as broker, contextlib.AsyncExitStack() as ending:
                 here = Behind(service, broker, fronts, ending)
                 if "auth" not in top:
-                    await broker.until("up", _ready)
+                    await broker.until("up", lambda s: _ready(s, down="url" in keys))
                 yield here
 
 
-def _ready(status: Any) -> bool:
+def _ready(status: Any, *, down: bool) -> bool:
     rows = status["consumers"]
-    return rows["any"]["healthy"] and rows[f"ollama/{OLLAMA_MODEL}"]["loaded"]
+    return rows["any"]["healthy"] is not down and rows[f"ollama/{OLLAMA_MODEL}"]["loaded"]

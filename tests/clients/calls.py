@@ -23,7 +23,6 @@ Call: TypeAlias = Callable[[Any], Any]
 OnItem: TypeAlias = Callable[[], Any]
 
 MODEL = "gemma"
-LONG = "a question of which the answer is long enough to be broken off in its middle"
 SOUND = ("a.wav", b"RIFF" + bytes(range(256)) * 500, "audio/wav")
 IMAGE = ("a.png", b"\x89PNG" + bytes(300), "image/png")
 PARAMETERS = {"type": "object", "properties": {"text": {"type": "string"}}}
@@ -110,6 +109,7 @@ CALLS: Mapping[str, Mapping[str, Call]] = {
     "anthropic": ANTHROPIC,
     "ollama": OLLAMA,
 }
+TALKS = {"openai": "chat streamed", "anthropic": "message streamed", "ollama": "chat streamed"}
 STREAMS = {library: [n for n in calls if "streamed" in n] for library, calls in CALLS.items()}
 
 

@@ -7,7 +7,8 @@ import pytest
 import pytest_asyncio
 
 from tests.clients.behind import WAYS, Behind, behind
-from tests.clients.calls import CALLS, outcome
+from tests.clients.calls import CALLS, MODEL, outcome
+from tests.support.apis import OLLAMA_MODEL
 
 EACH = [(library, name) for library, calls in CALLS.items() for name in calls]
 pytestmark = [
@@ -36,3 +37,32 @@ async def test_the_same(here: Behind, library: str, name: str, awaited: bool) ->
     for way in WAYS[library]:
         assert told[way] == told["direct"], way
         assert seen[way] == seen["direct"], way
+
+
+@pytest.mark.parametrize("awaited", [False, True], ids=["sync", "async"])
+async def test_the_models_of_all_are_what_the_libraries_list(here: Behind, awaited: bool) -> None:
+    names = {MODEL, OLLAMA_MODEL}
+    for library in ("openai", "anthropic"):
+        client = here.client(library, "model", awaited=awaited)
+        listed = await outcome(lambda c: c.models.list(), client)
+        assert {row["id"] for row in listed["data"]} == names
+        for row in listed["data"]:
+            one = await outcome(lambda c, id_=row["id"]: c.models.retrieve(id_), client)
+            assert one == row
+        told = await outcome(lambda c: c.models.retrieve("gpt-9"), client)
+        assert told["raised"].__name__ == "NotFoundError"
+        assert "not_found" in str(told["body"])
+
+
+@pytest.mark.parametrize("awaited", [False, True], ids=["sync", "async"])
+async def test_the_models_of_one_are_its_own(here: Behind, awaited: bool) -> None:
+    for call in (
+        lambda c: c.models.list(),
+        lambda c: c.models.retrieve(MODEL),
+        lambda c: c.models.retrieve("gpt-9"),
+    ):
+        told = {
+            way: await outcome(call, here.client("openai", way, awaited=awaited))
+            for way in ("direct", "upstream", "front")
+        }
+        assert told["upstream"] == told["front"] == told["direct"]

@@ -11,7 +11,16 @@ import pytest
 import pytest_asyncio
 
 from tests.clients.behind import WAYS, Behind, behind
-from tests.clients.calls import CALLS, CHAT, MESSAGE, MODEL, STREAMS, outcome, read_async
+from tests.clients.calls import (
+    CALLS,
+    CHAT,
+    MESSAGE,
+    MODEL,
+    STREAMS,
+    TALKS,
+    outcome,
+    read_async,
+)
 from tests.support.apis import Reply, refusal, spoken, whole
 from tests.support.upstream import eventually
 
@@ -26,8 +35,6 @@ ITEM_BY_ITEM = [
     ("ollama", "chat streamed"),
     ("ollama", "pull streamed"),
 ]
-TALKS = {"openai": "chat streamed", "anthropic": "message streamed", "ollama": "chat streamed"}
-CONSUMER = {"openai": "any", "anthropic": "any", "ollama": "ollama/llama3.2:latest"}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

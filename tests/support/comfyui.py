@@ -11,14 +11,16 @@ waits, `interrupt` on what runs; both answer 200 whatever they find.
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
 from mgpu_effects import presets
 from tests.support.gpu_service import NO_PROMPT
+
+Service = TypeVar("Service", bound="ComfyUI")
 
 
 @dataclass
@@ -119,12 +121,12 @@ class ComfyUI:
 
 
 @contextlib.asynccontextmanager
-async def comfyui() -> AsyncIterator[ComfyUI]:
+async def comfyui(made: Callable[..., Service] = ComfyUI, port: int = 0) -> AsyncIterator[Service]:
     application = web.Application()
-    service = ComfyUI(web.AppRunner(application, shutdown_timeout=0))
+    service = made(web.AppRunner(application, shutdown_timeout=0))
     application.router.add_route("*", "/{rest:.*}", service.answer)
     await service.runner.setup()
-    site = web.TCPSite(service.runner, "127.0.0.1", 0)
+    site = web.TCPSite(service.runner, "127.0.0.1", port)
     await site.start()
     service.url = f"http://127.0.0.1:{service.runner.addresses[0][1]}"
     try:

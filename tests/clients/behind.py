@@ -90,4 +90,5 @@ async def behind(directory: Path, **keys: Any) -> AsyncIterator[Behind]:
 
 def _ready(status: Any, *, down: bool) -> bool:
     rows = status["consumers"]
-    return rows["any"]["healthy"] is not down and rows[f"ollama/{OLLAMA_MODEL}"]["loaded"]
+    any_ = next(row for name, row in rows.items() if name.startswith("any"))
+    return any_["healthy"] is not down and rows[f"ollama/{OLLAMA_MODEL}"]["loaded"]

@@ -1,14 +1,15 @@
 """What a library's call returns or raises is the same through the broker as without it."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from tests.clients.behind import WAYS, Behind, behind
-from tests.clients.calls import CALLS, MODEL, outcome
-from tests.support.apis import OLLAMA_MODEL
+from tests.clients.calls import CALLS, CHAT, MODEL, outcome
+from tests.support.apis import OLLAMA_MODEL, heard
 
 EACH = [(library, name) for library, calls in CALLS.items() for name in calls]
 pytestmark = [
@@ -66,3 +67,17 @@ async def test_the_models_of_one_are_its_own(here: Behind, awaited: bool) -> Non
             for way in ("direct", "upstream", "front")
         }
         assert told["upstream"] == told["front"] == told["direct"]
+
+
+async def test_a_model_by_another_name_reaches_the_service_by_its_own(tmp_path: Path) -> None:
+    aliases = {"aliases": ["gpt-4o", "whisper-1"], "vram_resident_mib": 6_000}
+    sound = ("long.wav", bytes(range(256)) * 10_000, "audio/wav")  # kept in a file meanwhile
+    async with behind(tmp_path, models={MODEL: aliases}) as it:
+        client = it.client("openai", "model")
+        text = await client.audio.transcriptions.create(model="whisper-1", file=sound, prompt="p")
+        assert text.text == heard(sound[1])
+        await client.chat.completions.create(**{**CHAT, "model": "gpt-4o"})
+        (_, form), (_, asked) = it.service.seen
+        assert form["file"] == sound[1]
+        assert (form["model"], form["prompt"]) == (MODEL, "p")
+        assert asked == CHAT

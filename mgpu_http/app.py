@@ -95,6 +95,7 @@ class Facade:
     def _admit(self, scope: Scope, exchange: Exchange) -> Response | None:
         """Check what holds for all paths; a page's preflight question is answered here."""
         settings, headers = self._service.broker.settings, Headers(scope=scope)
+        exchange.responder.dialect = dialect_of(scope["path"])
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             message = f"the headers are larger than {MAX_HEADER_BYTES} bytes"
             raise BrokerError(code="bad_request", message=message)

@@ -27,6 +27,9 @@ TYPES: Mapping[int, tuple[str, str]] = {
 
 def dialect_of(path: str) -> Dialect:
     """Give the shape in which who asks for this path reads errors."""
+    if path.startswith("/upstream/"):
+        _, _, _, *parts = path.split("/")
+        path = "/" + "/".join(parts)
     if path.startswith("/v1/messages"):
         return anthropic
     if path in MODEL_PATHS or path == "/v1/models" or path.startswith("/v1/models/"):

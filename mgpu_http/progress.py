@@ -12,7 +12,7 @@ from typing import Any
 from mgpu_effects.errors import BrokerError
 from mgpu_effects.jobs import MAX_COPY_BYTES, Headers
 from mgpu_http.body import MEMORY_BYTES, SpooledBody
-from mgpu_http.dialects import openai
+from mgpu_http.dialects import Dialect, anthropic, openai
 from mgpu_http.models import MAX_JSON_BYTES
 from mgpu_http.respond import JobResponder
 
@@ -70,7 +70,8 @@ class Progress:
 
     async def finish(self) -> None:
         if self._status is not None:
-            await self._responder.write(_answer(self._status, bytes(self._body)))
+            event = _answer(self._status, bytes(self._body), self._responder.dialect)
+            await self._responder.write(event)
         await self._responder.finish()
 
     async def fail(self, error: BrokerError) -> None:
@@ -122,7 +123,7 @@ def _failure(told: Mapping[str, Any], error: BrokerError) -> bytes:
     return _event({**shape, "error": {**shape["error"], "status": error.status}})
 
 
-def _answer(status: int, body: bytes) -> bytes:
+def _answer(status: int, body: bytes, dialect: Dialect) -> bytes:
     """Give a service's answer that is no stream as an event: its error, or what it has to say."""
     try:
         told = json.loads(body)
@@ -132,7 +133,9 @@ def _answer(status: int, body: bytes) -> bytes:
         return _event(told)
     error = told.get("error", told) if isinstance(told, dict) else told
     members = error if isinstance(error, dict) else {"message": str(error)}
-    return _event({"error": {"code": f"http_{status}", **members, "status": status}})
+    event = {"error": {"code": f"http_{status}", **members, "status": status}}
+    # Anthropic's library looks at events with a name only.
+    return _event({"type": "error", **event} if dialect is anthropic else event)
 
 
 def _event(told: Any) -> bytes:

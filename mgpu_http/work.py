@@ -24,7 +24,6 @@ from mgpu_effects.units import server_of, unit_name
 from mgpu_http.asked import asked_max_wait_s, asked_priority, asked_to_wait, comments_every_s
 from mgpu_http.auth import CREDENTIALS, is_own_page
 from mgpu_http.body import SpooledBody, refuse_beyond
-from mgpu_http.dialects import dialect_of
 from mgpu_http.exchange import Exchange, Service
 from mgpu_http.models import FIELD, Asked, asked_model, renamed
 from mgpu_http.paths import with_query
@@ -103,7 +102,6 @@ async def through(
         raise BrokerError(code="no_consumer", message=f"there is no consumer {name}")
     exchange.consumer = name
     path = unquote(raw_path.decode("ascii"))
-    exchange.responder.dialect = dialect_of(path)
     exchange.kind = kind_of(consumer, path)
     errand = Errand(
         consumer=consumer,

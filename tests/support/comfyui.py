@@ -15,9 +15,9 @@ and stays until the next prompt's end or the next /free.
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -25,6 +25,8 @@ from mgpu_effects import presets
 from tests.support.gpu_service import NO_PROMPT, Card
 
 RESIDUE_MIB = 500  # the CUDA context
+
+Service = TypeVar("Service", bound="ComfyUI")
 
 
 @dataclass
@@ -158,12 +160,14 @@ class ComfyUI:
 
 
 @contextlib.asynccontextmanager
-async def comfyui(**habits: Any) -> AsyncIterator[ComfyUI]:
+async def comfyui(
+    made: Callable[..., Service] = ComfyUI, port: int = 0, **habits: Any
+) -> AsyncIterator[Service]:
     application = web.Application()
-    service = ComfyUI(web.AppRunner(application, shutdown_timeout=0), **habits)
+    service = made(web.AppRunner(application, shutdown_timeout=0), **habits)
     application.router.add_route("*", "/{rest:.*}", service.answer)
     await service.runner.setup()
-    site = web.TCPSite(service.runner, "127.0.0.1", 0)
+    site = web.TCPSite(service.runner, "127.0.0.1", port)
     await site.start()
     service.url = f"http://127.0.0.1:{service.runner.addresses[0][1]}"
     try:

@@ -61,6 +61,11 @@ class GpuHost:
         told = json.dumps(asdict(Models(name=name, directory=str(self.directory), **models)))
         return self._run(name, [sys.executable, "-m", "tests.support.router", told])
 
+    def start_apis(self, name: str, **habits: Any) -> Upstream:
+        """Run a service that OpenAI's and Anthropic's clients speak to; see `gpu_apis`."""
+        told = json.dumps(asdict(Habits(name=name, directory=str(self.directory), **habits)))
+        return self._run(name, [sys.executable, "-m", "tests.support.gpu_apis", told])
+
     def _run(self, name: str, command: list[str]) -> Upstream:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
         self._stack.callback(_end, process)

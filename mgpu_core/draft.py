@@ -17,6 +17,7 @@ from mgpu_core.planners import PLANNERS, Planner
 from mgpu_core.state import (
     Card,
     ConsumerState,
+    Counters,
     Operation,
     Phase,
     Promise,
@@ -26,44 +27,90 @@ from mgpu_core.state import (
     State,
     Swap,
     changed,
+    made_of,
 )
 from mgpu_core.transitions import RESIDENCY, SWAP, Cause, Turn
 
 T = TypeVar("T")
+# The fields of a state that a step changes in place, in its own copy.
+MAPS = (
+    "consumers",
+    "requests",
+    "overtaken",
+    "overtaken_high",
+    "reasons",
+    "waiting",
+    "serving",
+    "owed",
+    "swaps",
+    "promises",
+    "cards",
+)
+
+# What is believed of a consumer, but nobody waits for: only admission and the next probe ask.
+# (And a preload, which waits for the first probe.)
+UNSTIRRING = frozenset({"last_probe", "healthy", "probe_failures", "probe_error"})
 
 
 class Draft:
-    """Open it on a state, change it, `close` it into the next state."""
+    """Open it on a state, change it, `close` it into the next state.
+
+    Its dictionary holds the fields of the state and nothing else, so that they are copied at once,
+    as in `changed`; what belongs to the step alone has slots.
+    """
+
+    __slots__ = (
+        "__dict__",
+        "_memo",
+        "again",
+        "arrived",
+        "before",
+        "calm",
+        "concerned",
+        "effects",
+        "notes",
+        "own_planner",
+        "partial",
+        "planner",
+        "queue",
+        "stirred",
+    )
+    config: Config
+    at: int
+    run: str
+    draining: bool
+    stopping: bool
+    epoch: int
+    arrivals: int
+    consumers: dict[str, ConsumerState]
+    retired: tuple[str, ...]
+    requests: dict[str, RequestState]
+    overtaken: dict[str, int]
+    overtaken_high: dict[str, int]
+    reasons: dict[str, Reason]
+    waiting: dict[str, int]
+    serving: dict[str, int]
+    owed: dict[str, int]
+    swaps: dict[str, Swap]
+    promises: dict[str, Promise]
+    cards: dict[int, Card]
+    sample_error: str | None
+    age: int
+    last_work: int
+    restore_due: bool
+    preload_due: tuple[str, ...]
+    wake: int | None
+    counters: Counters
+    calm_until: int
 
     def __init__(self, state: State, at: int, planner: Planner | None) -> None:
-        self.before = state
+        self.__dict__ = fields = state.__dict__.copy()
+        for name in MAPS:
+            fields[name] = fields[name].copy()
+        self.queue: list[str] = list(fields.pop("queue"))
         self.at = max(at, state.at)
-        self.run = state.run
-        self.draining = state.draining
-        self.stopping = state.stopping
-        self.epoch = state.epoch
-        self.arrivals = state.arrivals
-        self.retired = state.retired
-        self.consumers: dict[str, ConsumerState] = dict(state.consumers)
-        self.requests: dict[str, RequestState] = dict(state.requests)
-        self.queue: list[str] = list(state.queue)
-        self.overtaken: dict[str, int] = dict(state.overtaken)
-        self.overtaken_high: dict[str, int] = dict(state.overtaken_high)
-        self.reasons: dict[str, Reason] = dict(state.reasons)
-        self.waiting: dict[str, int] = dict(state.waiting)
-        self.serving: dict[str, int] = dict(state.serving)
-        self.owed: dict[str, int] = dict(state.owed)
-        self.swaps: dict[str, Swap] = dict(state.swaps)
-        self.promises: dict[str, Promise] = dict(state.promises)
-        self.cards: dict[int, Card] = dict(state.cards)
-        self.sample_error = state.sample_error
-        self.age = state.age
-        self.last_work = state.last_work
-        self.restore_due = state.restore_due
-        self.preload_due = state.preload_due
-        self.wake = state.wake
-        self.counters = state.counters
 
+        self.before = state
         self.effects: list[Effect] = []
         self.notes: list[Note] = []
         # Who waited in swaps that ended in this step, in the order in which to serve them.
@@ -72,45 +119,28 @@ class Draft:
         self.again = False
         # Who alone may move on after this event; None: everybody.
         self.concerned: tuple[str, ...] | None = None
+        # Only those were looked at.
+        self.partial = False
+        # Everybody was looked at, and there was nothing to do.
+        self.calm = False
         self.own_planner = planner
         self._memo: dict[Hashable, object] = {}
         self.configure(state.config)
+        # Something changed that somebody may have waited for.
+        self.stirred = False
 
     def configure(self, config: Config) -> None:
-        self._memo.clear()
+        self.stir()
         self.config = config
         self.planner = self.own_planner or PLANNERS[config.eviction]
 
+    def stir(self) -> None:
+        """What was looked at before is to be looked at again."""
+        self._memo.clear()
+        self.stirred = True
+
     def close(self) -> State:
-        return State(
-            config=self.config,
-            at=self.at,
-            run=self.run,
-            draining=self.draining,
-            stopping=self.stopping,
-            epoch=self.epoch,
-            arrivals=self.arrivals,
-            consumers=self.consumers,
-            retired=self.retired,
-            requests=self.requests,
-            queue=tuple(self.queue),
-            overtaken=self.overtaken,
-            overtaken_high=self.overtaken_high,
-            reasons=self.reasons,
-            waiting=self.waiting,
-            serving=self.serving,
-            owed=self.owed,
-            swaps=self.swaps,
-            promises=self.promises,
-            cards=self.cards,
-            sample_error=self.sample_error,
-            age=self.age,
-            last_work=self.last_work,
-            restore_due=self.restore_due,
-            preload_due=self.preload_due,
-            wake=self.wake,
-            counters=self.counters,
-        )
+        return made_of(State, {**self.__dict__, "queue": tuple(self.queue)})
 
     # -------------------------------------------------------------------------- what goes out
 
@@ -141,13 +171,19 @@ class Draft:
     def consumer(self, name: str) -> Consumer:
         return self.config.consumers[name]
 
-    def update(self, name: str, **changes: Any) -> ConsumerState:
-        return self.put_consumer(name, changed(self.consumers[name], **changes))
+    def update(self, name: str, **changes: Any) -> None:
+        """Believe something else of it; what is the same as before is no change."""
+        old = self.consumers[name]
+        if changes.items() <= old.__dict__.items():
+            return
+        if changes.keys() <= UNSTIRRING and not self.preload_due:
+            self.consumers[name] = changed(old, **changes)
+        else:
+            self.put_consumer(name, changed(old, **changes))
 
-    def put_consumer(self, name: str, state: ConsumerState) -> ConsumerState:
-        self._memo.clear()
+    def put_consumer(self, name: str, state: ConsumerState) -> None:
+        self.stir()
         self.consumers[name] = state
-        return state
 
     def move(self, name: str, cause: Cause, source: Source, **changes: Any) -> None:
         """Change what is believed of a consumer's memory, along the table only."""
@@ -182,6 +218,29 @@ class Draft:
                 or name in self.swaps
                 or name in self.promises
             ),
+        )
+
+    def restless(self) -> tuple[str, ...]:
+        """Give those for whom time alone, or the end of what they do, can change something."""
+        return self.remember(
+            "restless",
+            lambda: tuple(
+                name
+                for name, state in self.consumers.items()
+                if state.operation is not None
+                or state.busy_seen is not None
+                or state.unload_cooldown is not None
+                or state.cleared
+                or state.leaving
+                or self.config.consumers[name].idle_unload_us is not None
+            ),
+        )
+
+    def first_deadline(self) -> int | None:
+        """Give when the first wait has to end; None: nobody waits."""
+        return self.remember(
+            "first deadline",
+            lambda: min((self.requests[name].deadline for name in self.overtaken), default=None),
         )
 
     def remember(self, what: Hashable, make: Callable[[], T]) -> T:
@@ -420,11 +479,13 @@ class Draft:
         return (-request.priority, request.arrival)
 
     def _enqueue(self, name: str) -> None:
+        self.stir()
         insort(self.queue, name, key=self._place)
         self.overtaken.setdefault(name, 0)
         self.overtaken_high.setdefault(name, 0)
 
     def _leave_queue(self, name: str) -> None:
+        self.stir()
         if self.requests[name].phase is Phase.QUEUED:
             self.queue.remove(name)
 
@@ -488,31 +549,33 @@ class Draft:
         return self.put_swap(evolve(swap, phase=phase, **changes))
 
     def put_swap(self, swap: Swap) -> Swap:
-        self._memo.clear()
+        self.stir()
         self.swaps[swap.target] = swap
         return swap
 
     def drop_swap(self, swap: Swap) -> None:
-        self._memo.clear()
+        self.stir()
         del self.swaps[swap.target]
         self.again = True
 
     def put_promise(self, name: str, promise: Promise) -> None:
-        self._memo.clear()
+        self.stir()
         self.promises[name] = promise
 
     def give_up_promise(self, name: str) -> None:
         if self.promises.pop(name, None) is not None:
-            self._memo.clear()
+            self.stir()
             self.again = True
 
     def put_card(self, gpu: int, card: Card) -> None:
         self._memo.clear()
+        if self.waiting or self.preload_due:  # nobody else asks what is free
+            self.stir()
         self.cards[gpu] = card
 
     def _count(self, counts: dict[str, int], name: str, by: int) -> None:
         """Change a count; nobody stays in with zero."""
-        self._memo.clear()
+        self.stir()
         count = counts.get(name, 0) + by
         assert count >= 0, f"{name}: a count fell below zero"
         if count:

@@ -63,6 +63,7 @@ def walk(d: Draft) -> None:
     on_time = d.wake is None or d.at < d.wake
     as_before = on_time and d.own_planner is None and not promoted and not d.again
     if d.concerned is not None and as_before:
+        d.partial = list(d.concerned) != others
         others = d.concerned
     for name in promoted:
         reason = _look(d, name, fences, stuck)
@@ -476,6 +477,9 @@ def serve_arrived(d: Draft) -> None:
 
 def expire(d: Draft) -> None:
     """End the waits whose time is over."""
+    first = d.first_deadline()
+    if first is None or d.at < first:
+        return
     late = [
         name
         for name, request in d.requests.items()
@@ -492,8 +496,8 @@ def expire(d: Draft) -> None:
 
 def give_up_unclaimed(d: Draft) -> None:
     """Nobody is left to cold-start a consumer for whom memory is set aside."""
-    for name in [name for name, state in d.consumers.items() if state.cleared]:
-        if name not in d.owed:
+    for name in d.restless():
+        if d.consumers[name].cleared and name not in d.owed:
             d.update(name, cleared=False)
             d.give_up_promise(name)
             d.note("ColdStartGivenUp", consumer=name)

@@ -401,8 +401,8 @@ PLANTS = (
         "an-old-state-that-changes",
         "P11",
         "draft",
-        "self.reasons: dict[str, Reason] = dict(state.reasons)",
-        "self.reasons: dict[str, Reason] = state.reasons",
+        '    "reasons",\n    "waiting",\n',
+        '    "waiting",\n',
     ),
     plant(
         "decisions-by-the-order-of-the-file",

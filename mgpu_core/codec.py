@@ -203,10 +203,17 @@ def _decoder(hint: Any) -> Decoder:
     return _plain_decoder(hint)
 
 
+def _plain_kinds(hint: Any) -> frozenset[Any]:
+    """Give the types whose values stand for themselves where `hint` is expected."""
+    union = get_origin(hint) in {Union, types.UnionType}
+    return _PLAIN.intersection(get_args(hint) if union else (hint,))
+
+
 def _class_decoder(cls: Any) -> Decoder:
     hints = get_type_hints(cls)
     given = [attribute for attribute in fields(cls) if attribute.init]
     decoders = {attribute.name: _decoder(hints[attribute.name]) for attribute in given}
+    plain = {attribute.name: _plain_kinds(hints[attribute.name]) for attribute in given}
     required = {attribute.name for attribute in given if attribute.default is NOTHING}
 
     def decode(data: Json) -> object:
@@ -217,11 +224,12 @@ def _class_decoder(cls: Any) -> Decoder:
                 raise CodecError(f"unknown field {unknown[0]!r}")
             if missing := sorted(required - data.keys()):
                 raise CodecError(f"field {missing[0]!r} is missing")
-        decoded = {}
+        decoded = data.copy()
         key = ""
         try:
             for key, value in data.items():
-                decoded[key] = decoders[key](value)
+                if type(value) not in plain[key]:
+                    decoded[key] = decoders[key](value)
         except CodecError as error:
             raise error.within(f".{key}") from None
         return cls(**decoded)

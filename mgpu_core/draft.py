@@ -5,8 +5,8 @@ keeps twice cannot come apart, and every effect and note passes through here.
 """
 
 from bisect import insort
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 from attrs import evolve
 
@@ -50,6 +50,8 @@ MAPS = (
 # What is believed of a consumer, but nobody waits for: only admission and the next probe ask.
 # (And a preload, which waits for the first probe.)
 UNSTIRRING = frozenset({"last_probe", "healthy", "probe_failures", "probe_error"})
+# Whatever makes one restless, and who may not stay for ever when it is idle.
+RESTLESS = frozenset({"operation", "busy_seen", "unload_cooldown", "cleared", "leaving"})
 
 
 class Draft:
@@ -102,6 +104,8 @@ class Draft:
     wake: int | None
     counters: Counters
     calm_until: int
+    known_restless: tuple[str, ...] | None
+    known_deadline: int | None
 
     def __init__(self, state: State, at: int, planner: Planner | None) -> None:
         self.__dict__ = fields = state.__dict__.copy()
@@ -124,13 +128,14 @@ class Draft:
         # Everybody was looked at, and there was nothing to do.
         self.calm = False
         self.own_planner = planner
-        self._memo: dict[Hashable, object] = {}
-        self.configure(state.config)
+        self.planner = planner or PLANNERS[self.config.eviction]
+        self._memo: dict[Hashable, Any] = {}
         # Something changed that somebody may have waited for.
         self.stirred = False
 
     def configure(self, config: Config) -> None:
         self.stir()
+        self.known_restless = self.known_deadline = None
         self.config = config
         self.planner = self.own_planner or PLANNERS[config.eviction]
 
@@ -176,13 +181,15 @@ class Draft:
         old = self.consumers[name]
         if changes.items() <= old.__dict__.items():
             return
-        if changes.keys() <= UNSTIRRING and not self.preload_due:
-            self.consumers[name] = changed(old, **changes)
-        else:
-            self.put_consumer(name, changed(old, **changes))
+        self.consumers[name] = changed(old, **changes)
+        if not RESTLESS.isdisjoint(changes):
+            self.known_restless = None
+        if self.preload_due or not changes.keys() <= UNSTIRRING:
+            self.stir()
 
     def put_consumer(self, name: str, state: ConsumerState) -> None:
         self.stir()
+        self.known_restless = None
         self.consumers[name] = state
 
     def move(self, name: str, cause: Cause, source: Source, **changes: Any) -> None:
@@ -222,9 +229,8 @@ class Draft:
 
     def restless(self) -> tuple[str, ...]:
         """Give those for whom time alone, or the end of what they do, can change something."""
-        return self.remember(
-            "restless",
-            lambda: tuple(
+        if self.known_restless is None:
+            self.known_restless = tuple(
                 name
                 for name, state in self.consumers.items()
                 if state.operation is not None
@@ -233,21 +239,22 @@ class Draft:
                 or state.cleared
                 or state.leaving
                 or self.config.consumers[name].idle_unload_us is not None
-            ),
-        )
+            )
+        return self.known_restless
 
     def first_deadline(self) -> int | None:
         """Give when the first wait has to end; None: nobody waits."""
-        return self.remember(
-            "first deadline",
-            lambda: min((self.requests[name].deadline for name in self.overtaken), default=None),
-        )
+        if self.known_deadline is None and self.overtaken:
+            self.known_deadline = min(self.requests[name].deadline for name in self.overtaken)
+        return self.known_deadline
 
     def remember(self, what: Hashable, make: Callable[[], T]) -> T:
         """Make something about memory and work once, until any of that changes."""
-        if what not in self._memo:
-            self._memo[what] = make()
-        return cast("T", self._memo[what])
+        if what in self._memo:
+            found: T = self._memo[what]
+            return found
+        self._memo[what] = made = make()
+        return made
 
     def siblings(self, name: str) -> tuple[str, ...]:
         """Give the other consumers of its server."""
@@ -312,6 +319,8 @@ class Draft:
 
     def admit(self, request: RequestState) -> None:
         self.requests[request.request] = request
+        if self.known_deadline is not None:
+            self.known_deadline = min(self.known_deadline, request.deadline)
         self._count(self.waiting, request.consumer, 1)
         self._enqueue(request.request)
 
@@ -322,23 +331,29 @@ class Draft:
         if owed and not request.owed:
             self._count(self.owed, request.consumer, 1)
         self._enqueue(name)
+        self.stir()
         self.again = True
 
     def join(self, name: str) -> None:
-        self._count_overtakes(name)
+        uncounted = self._count_overtakes(name)
         self._leave_queue(name)
         self._no_longer_owed(name)
-        self.requests[name] = changed(self.requests[name], phase=Phase.JOINED)
+        self.requests[name] = changed(
+            self.requests[name], phase=Phase.JOINED, owed=False, uncounted=uncounted
+        )
+        self.stir()
 
     def grant(self, name: str) -> None:
         """Let it be served now."""
-        self._count_overtakes(name)
+        uncounted = self._count_overtakes(name)
         self._leave_queue(name)
         self._no_longer_owed(name)
         overtaken = self._overtaken(name)
         self._forget_wait(name)
         request = self.requests[name]
-        self.requests[name] = changed(request, phase=Phase.SERVING, granted=self.at)
+        self.requests[name] = changed(
+            request, phase=Phase.SERVING, owed=False, uncounted=uncounted, granted=self.at
+        )
         self._count(self.waiting, request.consumer, -1)
         self._count(self.serving, request.consumer, 1)
         state = self.consumers[request.consumer]
@@ -458,6 +473,8 @@ class Draft:
 
     def joined(self, target: str) -> list[str]:
         """Give who waits in the swap of this target, in queue order."""
+        if target not in self.waiting:
+            return []
         names = [
             name
             for name, request in self.requests.items()
@@ -479,17 +496,17 @@ class Draft:
         return (-request.priority, request.arrival)
 
     def _enqueue(self, name: str) -> None:
-        self.stir()
         insort(self.queue, name, key=self._place)
         self.overtaken.setdefault(name, 0)
         self.overtaken_high.setdefault(name, 0)
 
     def _leave_queue(self, name: str) -> None:
-        self.stir()
         if self.requests[name].phase is Phase.QUEUED:
             self.queue.remove(name)
 
     def _forget_wait(self, name: str) -> None:
+        if self.requests[name].deadline == self.known_deadline:
+            self.known_deadline = None
         self.reasons.pop(name, None)
         del self.overtaken[name], self.overtaken_high[name]
 
@@ -497,47 +514,52 @@ class Draft:
         request = self.requests[name]
         if request.owed:
             self._count(self.owed, request.consumer, -1)
-            self.requests[name] = changed(request, owed=False)
 
-    def _count_overtakes(self, name: str) -> None:
-        """Let everybody who came before on its cards count this one: now, or once it is queued."""
-        overtaker = self.requests[name]
+    def _count_overtakes(self, name: str) -> tuple[str, ...] | None:
+        """Let everybody who came before on its cards count this one: now, or once it is queued.
+
+        Gives those who do so later.
+        """
+        overtaker, requests = self.requests[name], self.requests
         if overtaker.operator is not None:
-            return
+            return overtaker.uncounted
         if overtaker.uncounted is None:
-            overtaken: Iterable[str] = self._came_before(overtaker, self.queue)
-            later = tuple(self._came_before(overtaker, self._all_joined()))
+            before = self._came_before(overtaker)
         else:
-            still = [n for n in overtaker.uncounted if n in self.overtaken]
-            overtaken = [n for n in still if self.requests[n].phase is Phase.QUEUED]
-            later = tuple(n for n in still if self.requests[n].phase is Phase.JOINED)
-        for other in overtaken:
-            self._count_overtake(other, higher=overtaker.priority > self.requests[other].priority)
-        self.requests[name] = changed(overtaker, uncounted=later)
+            before = [one for one in overtaker.uncounted if one in self.overtaken]
+        later = tuple(one for one in before if requests[one].phase is Phase.JOINED)
+        for one in before:
+            if requests[one].phase is Phase.QUEUED:
+                self._count_overtake(requests[one], overtaker)
+        return later
 
-    def _came_before(self, request: RequestState, names: Iterable[str]) -> list[str]:
+    def _came_before(self, request: RequestState) -> list[str]:
+        """Give those who wait and came before it on its cards, the queued ones first."""
+        if len(self.overtaken) == 1:
+            return []  # it waits alone
         cards = self.consumer(request.consumer).vram_mib.keys()
         beside = {one for one in self.waiting if self.consumer(one).vram_mib.keys() & cards}
         return [
             name
-            for name in names
+            for name in (*self.queue, *self._all_joined())
             if (other := self.requests[name]).arrival < request.arrival and other.consumer in beside
         ]
 
     def _all_joined(self) -> list[str]:
-        if not self.swaps:
+        if len(self.queue) == len(self.overtaken):
             return []
         return [n for n, request in self.requests.items() if request.phase is Phase.JOINED]
 
-    def _count_overtake(self, name: str, *, higher: bool) -> None:
+    def _count_overtake(self, request: RequestState, overtaker: RequestState) -> None:
+        higher = overtaker.priority > request.priority
         counts = self.overtaken_high if higher else self.overtaken
-        counts[name] += 1
-        bound, request = self.config.overtake_bound, self.requests[name]
+        bound = self.config.overtake_bound
+        counts[request.request] = count = counts[request.request] + 1
         if bound is None or request.only_if_free:
             return
-        if counts[name] == (2 * bound if higher else bound):
+        if count == (2 * bound if higher else bound):
             self.again = True
-            self.note("Promoted", request=name, consumer=request.consumer)
+            self.note("Promoted", request=request.request, consumer=request.consumer)
 
     # ------------------------------------------------------------------------ swaps, promises
 

@@ -274,10 +274,24 @@ def alike(d: Draft, name: str) -> Hashable:
     return consumer.footprint
 
 
+def fits_now(d: Draft, target: str) -> bool:
+    """Is there room for it, with nobody going?"""
+    return all(
+        (free := free_mib(d, target, gpu)) is None or free >= wanted
+        for gpu, wanted in _wanted_mib(d, target).items()
+    )
+
+
+def _wanted_mib(d: Draft, target: str) -> dict[int, int]:
+    """What it needs on each card, with the cushion."""
+    needs = need_mib(d.consumer(target), d.consumers[target])
+    return {gpu: need + cushion_mib(d, gpu) for gpu, need in needs.items()}
+
+
 def view_for(d: Draft, target: str, *, max_evictions: int, by_driver: bool = False) -> View:
     """Make what a planner may know for one target; `by_driver`: leaky ones are stopped."""
     consumer, state = d.consumer(target), d.consumers[target]
-    needs = need_mib(consumer, state)
+    wanted = _wanted_mib(d, target)
     holders = d.remember(
         ("holders", by_driver),
         lambda: {name: _holder(d, name, by_driver=by_driver) for name in d.present()},
@@ -286,8 +300,8 @@ def view_for(d: Draft, target: str, *, max_evictions: int, by_driver: bool = Fal
         running=d.remember("running", lambda: _running(d)),
         holders=holders,
         resident=state.residency is Residency.RESIDENT,
-        need_mib={gpu: need + cushion_mib(d, gpu) for gpu, need in needs.items()},
-        free_mib={gpu: free_mib(d, target, gpu) for gpu in needs},
+        need_mib=wanted,
+        free_mib={gpu: free_mib(d, target, gpu) for gpu in wanted},
         protected=consumer.can_coexist_with,
         max_evictions=max_evictions,
     )

@@ -62,9 +62,10 @@ def settle(d: Draft) -> None:
         told = len(d.notes) + len(d.effects)
         swaps.advance_all(d)
         walk.serve_arrived(d)
-        walk.give_up_unclaimed(d)
-        operator.leave(d)
-        operator.unload_idle(d)
+        if d.restless():
+            walk.give_up_unclaimed(d)
+            operator.leave(d)
+            operator.unload_idle(d)
         if not d.stopping:
             walk.walk(d)
         d.concerned = None
@@ -118,7 +119,7 @@ HANDLERS: Mapping[type, Handler] = {
 
 def set_alarm(d: Draft) -> None:
     """Ask to be woken when time alone will change something."""
-    wake = min((time for time in _deadlines(d) if time > d.at), default=None)
+    wake = min([time for time in _deadlines(d) if time > d.at], default=None)
     if wake is not None and wake != d.wake:
         d.do(WakeAt(time=wake))
     d.wake = wake
@@ -141,8 +142,10 @@ def _deadlines(d: Draft) -> list[int]:
     first = d.first_deadline()
     waiting = first is not None
     times = [] if first is None else [first]
-    times += [due for _, due in operator.idle_dues(d)]
-    for state in map(d.consumers.__getitem__, d.restless()):
+    if d.restless():
+        times += [due for _, due in operator.idle_dues(d)]
+    for name in d.restless():
+        state = d.consumers[name]
         if state.operation is not None:
             times.append(state.operation.deadline)
         if waiting and state.unload_cooldown is not None:

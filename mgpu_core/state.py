@@ -276,9 +276,15 @@ class State:
     preload_due: tuple[str, ...] = ()
     wake: int | None = None
     counters: Counters = field(factory=Counters)
-    # Before that time nobody has anything to do, unless something changes; 0: nobody knows. No
-    # part of what is believed: without it the next step looks at everything, and finds the same.
+
+    # What a step has found out, so that the next one need not. No part of what is believed: no log
+    # holds it, and a state that lacks it comes to the same.
+    # Before that time nobody has anything to do, unless something changes; 0: not known.
     calm_until: int = field(default=0, init=False, eq=False, repr=False)
+    # For whom time alone, or the end of what they do, can change something; None: not known.
+    known_restless: tuple[str, ...] | None = field(default=None, init=False, eq=False, repr=False)
+    # When the first wait has to end; None: not known, or nobody waits.
+    known_deadline: int | None = field(default=None, init=False, eq=False, repr=False)
 
 
 def assumed_residency(consumer: Consumer) -> Residency:

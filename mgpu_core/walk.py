@@ -131,14 +131,18 @@ def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | No
 
 def _server_stops(d: Draft, consumer: Consumer) -> bool:
     """The process that it would be loaded into is on its way out with a sibling."""
+    if not d.restless():
+        return False
     return consumer.server in d.remember("stopping servers", lambda: _stopping_servers(d))
 
 
 def _stopping_servers(d: Draft) -> frozenset[str]:
     return frozenset(
         d.consumer(name).server
-        for name, state in d.consumers.items()
-        if state.operation and state.operation.kind == "unload" and state.operation.how == "driver"
+        for name in d.restless()
+        if (operation := d.consumers[name].operation) is not None
+        and operation.kind == "unload"
+        and operation.how == "driver"
     )
 
 
@@ -297,6 +301,8 @@ def slot_holders(d: Draft, gpu: int) -> tuple[str, ...]:
 
 def _wanted_elsewhere(d: Draft, name: str) -> Reason | None:
     """A swap under way counts on its going."""
+    if not d.swaps:
+        return None
     wanting = sorted(swap.target for swap in d.swaps.values() if name in swap.victims)
     return Reason(why=Why.COLLISION, who=tuple(wanting)) if wanting else None
 

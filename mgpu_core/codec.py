@@ -59,7 +59,8 @@ def encode_event(event: Event) -> dict[str, Json]:
     cls: Any = type(event)
     for name in _names(cls):
         if name != "at":
-            encoded[name] = _encode(getattr(event, name))
+            item = getattr(event, name)
+            encoded[name] = item if type(item) in _PLAIN else _encode(item)
     return stamp(encoded)
 
 
@@ -75,7 +76,7 @@ def encode_note(note: Note) -> dict[str, Json]:
     if note.consumer is not None:
         encoded["consumer"] = note.consumer
     for key, value in note.details.items():
-        encoded[key] = _encode(value)
+        encoded[key] = value if type(value) in _PLAIN else _encode(value)
     return encoded
 
 
@@ -144,7 +145,7 @@ def _encoder(kind: Any) -> Callable[[Any], Json]:
     if issubclass(kind, Enum):
         return lambda value: value.value
     if issubclass(kind, tuple):
-        return lambda value: [_encode(item) for item in value]
+        return lambda value: [item if type(item) in _PLAIN else _encode(item) for item in value]
     if issubclass(kind, Mapping):
         return lambda value: {str(key): _encode(item) for key, item in value.items()}
     return _encode_fields

@@ -74,7 +74,6 @@ class Draft:
         "own_planner",
         "partial",
         "planner",
-        "queue",
         "stirred",
     )
     config: Config
@@ -87,6 +86,7 @@ class Draft:
     consumers: dict[str, ConsumerState]
     retired: tuple[str, ...]
     requests: dict[str, RequestState]
+    queue: list[str]
     overtaken: dict[str, int]
     overtaken_high: dict[str, int]
     reasons: dict[str, Reason]
@@ -111,7 +111,7 @@ class Draft:
         self.__dict__ = fields = state.__dict__.copy()
         for name in MAPS:
             fields[name] = fields[name].copy()
-        self.queue: list[str] = list(fields.pop("queue"))
+        self.queue = list(state.queue)
         self.at = max(at, state.at)
 
         self.before = state
@@ -145,7 +145,9 @@ class Draft:
         self.stirred = True
 
     def close(self) -> State:
-        return made_of(State, {**self.__dict__, "queue": tuple(self.queue)})
+        fields = self.__dict__.copy()
+        fields["queue"] = tuple(self.queue)
+        return made_of(State, fields)
 
     # -------------------------------------------------------------------------- what goes out
 

@@ -256,7 +256,8 @@ def may_be_evicted(d: Draft, name: str) -> bool:
     return (
         d.consumer(name).unloadable
         and not cooling_down(d, name)
-        and not any(is_protected(d, one) for one in (name, *stops_with(d, name)))
+        and not is_protected(d, name)
+        and not any(is_protected(d, one) for one in stops_with(d, name))
     )
 
 
@@ -317,6 +318,7 @@ def _running(d: Draft) -> tuple[str, ...]:
 
 def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
     consumer, state = d.consumer(name), d.consumers[name]
+    stopped = stops_with(d, name)
     return Holder(
         name=name,
         residency=state.residency,
@@ -331,9 +333,9 @@ def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
         busy=is_busy(d, name),
         owed=name in d.owed,
         pinned=is_pinned(d, name),
-        stops_with=stops_with(d, name),
+        stops_with=stopped,
         evictable=may_be_evicted(d, name),
-        idle=not any(at_work(d, one) for one in (name, *stops_with(d, name))),
+        idle=not (at_work(d, name) or any(at_work(d, one) for one in stopped)),
     )
 
 

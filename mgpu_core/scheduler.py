@@ -142,9 +142,10 @@ def _deadlines(d: Draft) -> list[int]:
     first = d.first_deadline()
     waiting = first is not None
     times = [] if first is None else [first]
-    if d.restless():
+    restless = d.restless()
+    if restless:
         times += [due for _, due in operator.idle_dues(d)]
-    for name in d.restless():
+    for name in restless:
         state = d.consumers[name]
         if state.operation is not None:
             times.append(state.operation.deadline)

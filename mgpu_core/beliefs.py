@@ -138,6 +138,7 @@ def on_sample(d: Draft, sample: GpuSample) -> None:
     """Believe a good reading, and let go of the promises that it shows as taken."""
     if sample.error != d.sample_error:
         d.note("SampleFailed" if sample.error else "SampledAgain", error=sample.error)
+        d.stir()
     d.sample_error = sample.error
     if sample.error is not None:
         return

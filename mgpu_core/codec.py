@@ -59,7 +59,8 @@ def encode_event(event: Event) -> dict[str, Json]:
     cls: Any = type(event)
     for name in _names(cls):
         if name != "at":
-            encoded[name] = _encode(getattr(event, name))
+            item = getattr(event, name)
+            encoded[name] = item if type(item) in _PLAIN else _encode(item)
     return stamp(encoded)
 
 
@@ -75,7 +76,7 @@ def encode_note(note: Note) -> dict[str, Json]:
     if note.consumer is not None:
         encoded["consumer"] = note.consumer
     for key, value in note.details.items():
-        encoded[key] = _encode(value)
+        encoded[key] = value if type(value) in _PLAIN else _encode(value)
     return encoded
 
 
@@ -144,7 +145,7 @@ def _encoder(kind: Any) -> Callable[[Any], Json]:
     if issubclass(kind, Enum):
         return lambda value: value.value
     if issubclass(kind, tuple):
-        return lambda value: [_encode(item) for item in value]
+        return lambda value: [item if type(item) in _PLAIN else _encode(item) for item in value]
     if issubclass(kind, Mapping):
         return lambda value: {str(key): _encode(item) for key, item in value.items()}
     return _encode_fields
@@ -203,10 +204,17 @@ def _decoder(hint: Any) -> Decoder:
     return _plain_decoder(hint)
 
 
+def _plain_kinds(hint: Any) -> frozenset[Any]:
+    """Give the types whose values stand for themselves where `hint` is expected."""
+    union = get_origin(hint) in {Union, types.UnionType}
+    return _PLAIN.intersection(get_args(hint) if union else (hint,))
+
+
 def _class_decoder(cls: Any) -> Decoder:
     hints = get_type_hints(cls)
     given = [attribute for attribute in fields(cls) if attribute.init]
     decoders = {attribute.name: _decoder(hints[attribute.name]) for attribute in given}
+    plain = {attribute.name: _plain_kinds(hints[attribute.name]) for attribute in given}
     required = {attribute.name for attribute in given if attribute.default is NOTHING}
 
     def decode(data: Json) -> object:
@@ -217,11 +225,12 @@ def _class_decoder(cls: Any) -> Decoder:
                 raise CodecError(f"unknown field {unknown[0]!r}")
             if missing := sorted(required - data.keys()):
                 raise CodecError(f"field {missing[0]!r} is missing")
-        decoded = {}
+        decoded = data.copy()
         key = ""
         try:
             for key, value in data.items():
-                decoded[key] = decoders[key](value)
+                if type(value) not in plain[key]:
+                    decoded[key] = decoders[key](value)
         except CodecError as error:
             raise error.within(f".{key}") from None
         return cls(**decoded)

@@ -42,12 +42,10 @@ def _operation(d: Draft, name: str) -> Operation | None:
 
 def give_up_overdue(d: Draft) -> None:
     """Take a completion that does not come for a failure."""
-    for name, state in list(d.consumers.items()):
-        operation = state.operation
+    for name in d.restless():
+        operation = d.consumers[name].operation  # it may have ended with its server just now
         if operation is None or d.at < operation.deadline:
             continue
-        if operation is not d.consumers[name].operation:
-            continue  # it ended with its server just now
         ended = loaded if operation.kind == "load" else unloaded
         ended(d, name, "timeout")
 

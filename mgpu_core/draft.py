@@ -5,8 +5,8 @@ keeps twice cannot come apart, and every effect and note passes through here.
 """
 
 from bisect import insort
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 from attrs import evolve
 
@@ -17,6 +17,7 @@ from mgpu_core.planners import PLANNERS, Planner
 from mgpu_core.state import (
     Card,
     ConsumerState,
+    Counters,
     Operation,
     Phase,
     Promise,
@@ -26,44 +27,94 @@ from mgpu_core.state import (
     State,
     Swap,
     changed,
+    made_of,
 )
 from mgpu_core.transitions import RESIDENCY, SWAP, Cause, Turn
 
 T = TypeVar("T")
+# The fields of a state that a step changes in place, in its own copy.
+MAPS = (
+    "consumers",
+    "requests",
+    "overtaken",
+    "overtaken_high",
+    "reasons",
+    "waiting",
+    "serving",
+    "owed",
+    "swaps",
+    "promises",
+    "cards",
+)
+
+# What is believed of a consumer, but nobody waits for: only admission and the next probe ask.
+# (And a preload, which waits for the first probe.)
+UNSTIRRING = frozenset({"last_probe", "healthy", "probe_failures", "probe_error"})
+# Whatever makes one restless, and who may not stay for ever when it is idle.
+RESTLESS = frozenset({"operation", "busy_seen", "unload_cooldown", "cleared", "leaving"})
 
 
 class Draft:
-    """Open it on a state, change it, `close` it into the next state."""
+    """Open it on a state, change it, `close` it into the next state.
+
+    Its dictionary holds the fields of the state and nothing else, so that they are copied at once,
+    as in `changed`; what belongs to the step alone has slots.
+    """
+
+    __slots__ = (
+        "__dict__",
+        "_memo",
+        "again",
+        "arrived",
+        "before",
+        "calm",
+        "concerned",
+        "effects",
+        "notes",
+        "own_planner",
+        "partial",
+        "planner",
+        "stirred",
+    )
+    config: Config
+    at: int
+    run: str
+    draining: bool
+    stopping: bool
+    epoch: int
+    arrivals: int
+    consumers: dict[str, ConsumerState]
+    retired: tuple[str, ...]
+    requests: dict[str, RequestState]
+    queue: list[str]
+    overtaken: dict[str, int]
+    overtaken_high: dict[str, int]
+    reasons: dict[str, Reason]
+    waiting: dict[str, int]
+    serving: dict[str, int]
+    owed: dict[str, int]
+    swaps: dict[str, Swap]
+    promises: dict[str, Promise]
+    cards: dict[int, Card]
+    sample_error: str | None
+    age: int
+    last_work: int
+    restore_due: bool
+    preload_due: tuple[str, ...]
+    wake: int | None
+    counters: Counters
+    calm_until: int
+    known_restless: tuple[str, ...] | None
+    known_deadline: int | None
 
     def __init__(self, state: State, at: int, planner: Planner | None) -> None:
-        self.before = state
+        self.__dict__ = fields = state.__dict__.copy()
+        for name in MAPS:
+            fields[name] = fields[name].copy()
+        self.queue = list(state.queue)
         self.at = max(at, state.at)
-        self.run = state.run
-        self.draining = state.draining
-        self.stopping = state.stopping
-        self.epoch = state.epoch
-        self.arrivals = state.arrivals
-        self.retired = state.retired
-        self.consumers: dict[str, ConsumerState] = dict(state.consumers)
-        self.requests: dict[str, RequestState] = dict(state.requests)
-        self.queue: list[str] = list(state.queue)
-        self.overtaken: dict[str, int] = dict(state.overtaken)
-        self.overtaken_high: dict[str, int] = dict(state.overtaken_high)
-        self.reasons: dict[str, Reason] = dict(state.reasons)
-        self.waiting: dict[str, int] = dict(state.waiting)
-        self.serving: dict[str, int] = dict(state.serving)
-        self.owed: dict[str, int] = dict(state.owed)
-        self.swaps: dict[str, Swap] = dict(state.swaps)
-        self.promises: dict[str, Promise] = dict(state.promises)
-        self.cards: dict[int, Card] = dict(state.cards)
-        self.sample_error = state.sample_error
-        self.age = state.age
-        self.last_work = state.last_work
-        self.restore_due = state.restore_due
-        self.preload_due = state.preload_due
-        self.wake = state.wake
-        self.counters = state.counters
 
+        self.before = state
         self.effects: list[Effect] = []
         self.notes: list[Note] = []
         # Who waited in swaps that ended in this step, in the order in which to serve them.
@@ -72,45 +123,31 @@ class Draft:
         self.again = False
         # Who alone may move on after this event; None: everybody.
         self.concerned: tuple[str, ...] | None = None
+        # Only those were looked at.
+        self.partial = False
+        # Everybody was looked at, and there was nothing to do.
+        self.calm = False
         self.own_planner = planner
-        self._memo: dict[Hashable, object] = {}
-        self.configure(state.config)
+        self.planner = planner or PLANNERS[self.config.eviction]
+        self._memo: dict[Hashable, Any] = {}
+        # Something changed that somebody may have waited for.
+        self.stirred = False
 
     def configure(self, config: Config) -> None:
-        self._memo.clear()
+        self.stir()
+        self.known_restless = self.known_deadline = None
         self.config = config
         self.planner = self.own_planner or PLANNERS[config.eviction]
 
+    def stir(self) -> None:
+        """What was looked at before is to be looked at again."""
+        self._memo.clear()
+        self.stirred = True
+
     def close(self) -> State:
-        return State(
-            config=self.config,
-            at=self.at,
-            run=self.run,
-            draining=self.draining,
-            stopping=self.stopping,
-            epoch=self.epoch,
-            arrivals=self.arrivals,
-            consumers=self.consumers,
-            retired=self.retired,
-            requests=self.requests,
-            queue=tuple(self.queue),
-            overtaken=self.overtaken,
-            overtaken_high=self.overtaken_high,
-            reasons=self.reasons,
-            waiting=self.waiting,
-            serving=self.serving,
-            owed=self.owed,
-            swaps=self.swaps,
-            promises=self.promises,
-            cards=self.cards,
-            sample_error=self.sample_error,
-            age=self.age,
-            last_work=self.last_work,
-            restore_due=self.restore_due,
-            preload_due=self.preload_due,
-            wake=self.wake,
-            counters=self.counters,
-        )
+        fields = self.__dict__.copy()
+        fields["queue"] = tuple(self.queue)
+        return made_of(State, fields)
 
     # -------------------------------------------------------------------------- what goes out
 
@@ -141,13 +178,21 @@ class Draft:
     def consumer(self, name: str) -> Consumer:
         return self.config.consumers[name]
 
-    def update(self, name: str, **changes: Any) -> ConsumerState:
-        return self.put_consumer(name, changed(self.consumers[name], **changes))
+    def update(self, name: str, **changes: Any) -> None:
+        """Believe something else of it; what is the same as before is no change."""
+        old = self.consumers[name]
+        if changes.items() <= old.__dict__.items():
+            return
+        self.consumers[name] = changed(old, **changes)
+        if not RESTLESS.isdisjoint(changes):
+            self.known_restless = None
+        if self.preload_due or not changes.keys() <= UNSTIRRING:
+            self.stir()
 
-    def put_consumer(self, name: str, state: ConsumerState) -> ConsumerState:
-        self._memo.clear()
+    def put_consumer(self, name: str, state: ConsumerState) -> None:
+        self.stir()
+        self.known_restless = None
         self.consumers[name] = state
-        return state
 
     def move(self, name: str, cause: Cause, source: Source, **changes: Any) -> None:
         """Change what is believed of a consumer's memory, along the table only."""
@@ -184,11 +229,34 @@ class Draft:
             ),
         )
 
+    def restless(self) -> tuple[str, ...]:
+        """Give those for whom time alone, or the end of what they do, can change something."""
+        if self.known_restless is None:
+            self.known_restless = tuple(
+                name
+                for name, state in self.consumers.items()
+                if state.operation is not None
+                or state.busy_seen is not None
+                or state.unload_cooldown is not None
+                or state.cleared
+                or state.leaving
+                or self.config.consumers[name].idle_unload_us is not None
+            )
+        return self.known_restless
+
+    def first_deadline(self) -> int | None:
+        """Give when the first wait has to end; None: nobody waits."""
+        if self.known_deadline is None and self.overtaken:
+            self.known_deadline = min(self.requests[name].deadline for name in self.overtaken)
+        return self.known_deadline
+
     def remember(self, what: Hashable, make: Callable[[], T]) -> T:
         """Make something about memory and work once, until any of that changes."""
-        if what not in self._memo:
-            self._memo[what] = make()
-        return cast("T", self._memo[what])
+        if what in self._memo:
+            found: T = self._memo[what]
+            return found
+        self._memo[what] = made = make()
+        return made
 
     def siblings(self, name: str) -> tuple[str, ...]:
         """Give the other consumers of its server."""
@@ -253,6 +321,8 @@ class Draft:
 
     def admit(self, request: RequestState) -> None:
         self.requests[request.request] = request
+        if self.known_deadline is not None:
+            self.known_deadline = min(self.known_deadline, request.deadline)
         self._count(self.waiting, request.consumer, 1)
         self._enqueue(request.request)
 
@@ -263,23 +333,29 @@ class Draft:
         if owed and not request.owed:
             self._count(self.owed, request.consumer, 1)
         self._enqueue(name)
+        self.stir()
         self.again = True
 
     def join(self, name: str) -> None:
-        self._count_overtakes(name)
+        uncounted = self._count_overtakes(name)
         self._leave_queue(name)
         self._no_longer_owed(name)
-        self.requests[name] = changed(self.requests[name], phase=Phase.JOINED)
+        self.requests[name] = changed(
+            self.requests[name], phase=Phase.JOINED, owed=False, uncounted=uncounted
+        )
+        self.stir()
 
     def grant(self, name: str) -> None:
         """Let it be served now."""
-        self._count_overtakes(name)
+        uncounted = self._count_overtakes(name)
         self._leave_queue(name)
         self._no_longer_owed(name)
         overtaken = self._overtaken(name)
         self._forget_wait(name)
         request = self.requests[name]
-        self.requests[name] = changed(request, phase=Phase.SERVING, granted=self.at)
+        self.requests[name] = changed(
+            request, phase=Phase.SERVING, owed=False, uncounted=uncounted, granted=self.at
+        )
         self._count(self.waiting, request.consumer, -1)
         self._count(self.serving, request.consumer, 1)
         state = self.consumers[request.consumer]
@@ -399,6 +475,8 @@ class Draft:
 
     def joined(self, target: str) -> list[str]:
         """Give who waits in the swap of this target, in queue order."""
+        if target not in self.waiting:
+            return []
         names = [
             name
             for name, request in self.requests.items()
@@ -429,6 +507,8 @@ class Draft:
             self.queue.remove(name)
 
     def _forget_wait(self, name: str) -> None:
+        if self.requests[name].deadline == self.known_deadline:
+            self.known_deadline = None
         self.reasons.pop(name, None)
         del self.overtaken[name], self.overtaken_high[name]
 
@@ -436,47 +516,52 @@ class Draft:
         request = self.requests[name]
         if request.owed:
             self._count(self.owed, request.consumer, -1)
-            self.requests[name] = changed(request, owed=False)
 
-    def _count_overtakes(self, name: str) -> None:
-        """Let everybody who came before on its cards count this one: now, or once it is queued."""
-        overtaker = self.requests[name]
+    def _count_overtakes(self, name: str) -> tuple[str, ...] | None:
+        """Let everybody who came before on its cards count this one: now, or once it is queued.
+
+        Gives those who do so later.
+        """
+        overtaker, requests = self.requests[name], self.requests
         if overtaker.operator is not None:
-            return
+            return overtaker.uncounted
         if overtaker.uncounted is None:
-            overtaken: Iterable[str] = self._came_before(overtaker, self.queue)
-            later = tuple(self._came_before(overtaker, self._all_joined()))
+            before = self._came_before(overtaker)
         else:
-            still = [n for n in overtaker.uncounted if n in self.overtaken]
-            overtaken = [n for n in still if self.requests[n].phase is Phase.QUEUED]
-            later = tuple(n for n in still if self.requests[n].phase is Phase.JOINED)
-        for other in overtaken:
-            self._count_overtake(other, higher=overtaker.priority > self.requests[other].priority)
-        self.requests[name] = changed(overtaker, uncounted=later)
+            before = [one for one in overtaker.uncounted if one in self.overtaken]
+        later = tuple(one for one in before if requests[one].phase is Phase.JOINED)
+        for one in before:
+            if requests[one].phase is Phase.QUEUED:
+                self._count_overtake(requests[one], overtaker)
+        return later
 
-    def _came_before(self, request: RequestState, names: Iterable[str]) -> list[str]:
+    def _came_before(self, request: RequestState) -> list[str]:
+        """Give those who wait and came before it on its cards, the queued ones first."""
+        if len(self.overtaken) == 1:
+            return []  # it waits alone
         cards = self.consumer(request.consumer).vram_mib.keys()
         beside = {one for one in self.waiting if self.consumer(one).vram_mib.keys() & cards}
         return [
             name
-            for name in names
+            for name in (*self.queue, *self._all_joined())
             if (other := self.requests[name]).arrival < request.arrival and other.consumer in beside
         ]
 
     def _all_joined(self) -> list[str]:
-        if not self.swaps:
+        if len(self.queue) == len(self.overtaken):
             return []
         return [n for n, request in self.requests.items() if request.phase is Phase.JOINED]
 
-    def _count_overtake(self, name: str, *, higher: bool) -> None:
+    def _count_overtake(self, request: RequestState, overtaker: RequestState) -> None:
+        higher = overtaker.priority > request.priority
         counts = self.overtaken_high if higher else self.overtaken
-        counts[name] += 1
-        bound, request = self.config.overtake_bound, self.requests[name]
+        bound = self.config.overtake_bound
+        counts[request.request] = count = counts[request.request] + 1
         if bound is None or request.only_if_free:
             return
-        if counts[name] == (2 * bound if higher else bound):
+        if count == (2 * bound if higher else bound):
             self.again = True
-            self.note("Promoted", request=name, consumer=request.consumer)
+            self.note("Promoted", request=request.request, consumer=request.consumer)
 
     # ------------------------------------------------------------------------ swaps, promises
 
@@ -488,31 +573,33 @@ class Draft:
         return self.put_swap(evolve(swap, phase=phase, **changes))
 
     def put_swap(self, swap: Swap) -> Swap:
-        self._memo.clear()
+        self.stir()
         self.swaps[swap.target] = swap
         return swap
 
     def drop_swap(self, swap: Swap) -> None:
-        self._memo.clear()
+        self.stir()
         del self.swaps[swap.target]
         self.again = True
 
     def put_promise(self, name: str, promise: Promise) -> None:
-        self._memo.clear()
+        self.stir()
         self.promises[name] = promise
 
     def give_up_promise(self, name: str) -> None:
         if self.promises.pop(name, None) is not None:
-            self._memo.clear()
+            self.stir()
             self.again = True
 
     def put_card(self, gpu: int, card: Card) -> None:
         self._memo.clear()
+        if self.waiting or self.preload_due:  # nobody else asks what is free
+            self.stir()
         self.cards[gpu] = card
 
     def _count(self, counts: dict[str, int], name: str, by: int) -> None:
         """Change a count; nobody stays in with zero."""
-        self._memo.clear()
+        self.stir()
         count = counts.get(name, 0) + by
         assert count >= 0, f"{name}: a count fell below zero"
         if count:

@@ -131,6 +131,8 @@ def _under_limit_of(new: Config, staying: Consumer) -> Consumer:
 
 def retire(d: Draft) -> None:
     """Forget those that left the configuration and have nothing left here."""
+    if not d.retired:
+        return
     gone = tuple(name for name in d.retired if not _alive(d, name))
     if gone:
         d.retired = tuple(name for name in d.retired if name not in gone)

@@ -256,7 +256,8 @@ def may_be_evicted(d: Draft, name: str) -> bool:
     return (
         d.consumer(name).unloadable
         and not cooling_down(d, name)
-        and not any(is_protected(d, one) for one in (name, *stops_with(d, name)))
+        and not is_protected(d, name)
+        and not any(is_protected(d, one) for one in stops_with(d, name))
     )
 
 
@@ -274,10 +275,24 @@ def alike(d: Draft, name: str) -> Hashable:
     return consumer.footprint
 
 
+def fits_now(d: Draft, target: str) -> bool:
+    """Is there room for it, with nobody going?"""
+    return all(
+        (free := free_mib(d, target, gpu)) is None or free >= wanted
+        for gpu, wanted in _wanted_mib(d, target).items()
+    )
+
+
+def _wanted_mib(d: Draft, target: str) -> dict[int, int]:
+    """What it needs on each card, with the cushion."""
+    needs = need_mib(d.consumer(target), d.consumers[target])
+    return {gpu: need + cushion_mib(d, gpu) for gpu, need in needs.items()}
+
+
 def view_for(d: Draft, target: str, *, max_evictions: int, by_driver: bool = False) -> View:
     """Make what a planner may know for one target; `by_driver`: leaky ones are stopped."""
     consumer, state = d.consumer(target), d.consumers[target]
-    needs = need_mib(consumer, state)
+    wanted = _wanted_mib(d, target)
     holders = d.remember(
         ("holders", by_driver),
         lambda: {name: _holder(d, name, by_driver=by_driver) for name in d.present()},
@@ -286,8 +301,8 @@ def view_for(d: Draft, target: str, *, max_evictions: int, by_driver: bool = Fal
         running=d.remember("running", lambda: _running(d)),
         holders=holders,
         resident=state.residency is Residency.RESIDENT,
-        need_mib={gpu: need + cushion_mib(d, gpu) for gpu, need in needs.items()},
-        free_mib={gpu: free_mib(d, target, gpu) for gpu in needs},
+        need_mib=wanted,
+        free_mib={gpu: free_mib(d, target, gpu) for gpu in wanted},
         protected=consumer.can_coexist_with,
         max_evictions=max_evictions,
     )
@@ -303,6 +318,7 @@ def _running(d: Draft) -> tuple[str, ...]:
 
 def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
     consumer, state = d.consumer(name), d.consumers[name]
+    stopped = stops_with(d, name)
     return Holder(
         name=name,
         residency=state.residency,
@@ -317,9 +333,9 @@ def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
         busy=is_busy(d, name),
         owed=name in d.owed,
         pinned=is_pinned(d, name),
-        stops_with=stops_with(d, name),
+        stops_with=stopped,
         evictable=may_be_evicted(d, name),
-        idle=not any(at_work(d, one) for one in (name, *stops_with(d, name))),
+        idle=not (at_work(d, name) or any(at_work(d, one) for one in stopped)),
     )
 
 

@@ -71,7 +71,7 @@ def _force_out(d: Draft, name: str) -> None:
 
 def leave(d: Draft) -> None:
     """Send out those that an operator wants gone and that have drained."""
-    for name in d.consumers:
+    for name in d.restless():
         state = d.consumers[name]  # a moment ago it may have gone with its server
         if not state.leaving or state.operation is not None or name in d.swaps:
             continue
@@ -101,7 +101,8 @@ def unload_idle(d: Draft) -> None:
 def idle_dues(d: Draft) -> list[tuple[str, int]]:
     """Give who may not stay for ever, and when its idle time is over."""
     dues = []
-    for name, consumer in d.config.consumers.items():
+    for name in d.restless():
+        consumer = d.consumer(name)
         if consumer.idle_unload_us is None or not consumer.unloadable or consumer.vram_managed:
             continue
         state = d.consumers[name]

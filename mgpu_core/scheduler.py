@@ -17,7 +17,7 @@ from mgpu_core.events import Event
 from mgpu_core.memory import GOOD_INTERVALS
 from mgpu_core.notes import Note
 from mgpu_core.planners import Planner
-from mgpu_core.state import Phase, State, SwapPhase, initial_state
+from mgpu_core.state import State, SwapPhase, initial_state
 
 
 @frozen
@@ -47,9 +47,10 @@ class Scheduler:
         """Take one event. Whatever it holds, this never raises: odd input leaves a note."""
         d = Draft(state, event.at, self._planner)
         HANDLERS[type(event)](d, event)
-        completions.give_up_overdue(d)
-        settle(d)
-        set_alarm(d)
+        if d.stirred or type(event) not in SEEING or d.at >= d.calm_until:
+            completions.give_up_overdue(d)
+            settle(d)
+            set_alarm(d)
         return Transition(d.close(), tuple(d.effects), tuple(d.notes))
 
 
@@ -57,12 +58,14 @@ def settle(d: Draft) -> None:
     """Let everything happen that can happen now; each round ends something, so this ends."""
     rounds = 8 * (len(d.requests) + len(d.consumers)) + 32
     for _ in range(rounds):
-        d.again = False
+        d.again = d.stirred = False
+        told = len(d.notes) + len(d.effects)
         swaps.advance_all(d)
         walk.serve_arrived(d)
-        walk.give_up_unclaimed(d)
-        operator.leave(d)
-        operator.unload_idle(d)
+        if d.restless():
+            walk.give_up_unclaimed(d)
+            operator.leave(d)
+            operator.unload_idle(d)
         if not d.stopping:
             walk.walk(d)
         d.concerned = None
@@ -73,6 +76,7 @@ def settle(d: Draft) -> None:
         if not d.again:
             lifecycle.retire(d)
             swaps.tell(d)
+            d.calm = not (d.stirred or d.partial) and len(d.notes) + len(d.effects) == told
             return
     raise AssertionError(f"the step at {d.at} does not come to rest")
 
@@ -83,6 +87,10 @@ def settle(d: Draft) -> None:
 def on_tick(d: Draft, _event: events.Tick) -> None:
     """Nothing but time passed, which every step looks at anyway."""
 
+
+# What is seen changes nothing most of the time; then nothing follows from it.
+SEEING = frozenset({events.Tick, events.GpuSample, events.ProbeResult})
+LATEST = 2**63
 
 Handler = Callable[[Draft, Any], None]
 
@@ -111,18 +119,34 @@ HANDLERS: Mapping[type, Handler] = {
 
 def set_alarm(d: Draft) -> None:
     """Ask to be woken when time alone will change something."""
-    times = [time for time in _deadlines(d) if time > d.at]
-    wake = min(times, default=None)
+    wake = min([time for time in _deadlines(d) if time > d.at], default=None)
     if wake is not None and wake != d.wake:
         d.do(WakeAt(time=wake))
     d.wake = wake
+    d.calm_until = _calm_until(d) if d.calm and d.own_planner is None else 0
+
+
+def _calm_until(d: Draft) -> int:
+    """Give when time alone may change something, also where nobody has to be woken for it: what
+    those who wait are told depends on who has just moved.
+    """
+    times = [LATEST if d.wake is None else d.wake]
+    if d.queue:
+        settle_us = d.config.settle_timeout_us
+        for state in d.consumers.values():
+            times += [state.moved + settle_us, (state.idle_since or 0) + settle_us]
+    return min(time for time in times if time > d.at)
 
 
 def _deadlines(d: Draft) -> list[int]:
-    times = [r.deadline for r in d.requests.values() if r.phase is not Phase.SERVING]
-    waiting = bool(times)
-    times += [due for _, due in operator.idle_dues(d)]
-    for state in d.consumers.values():
+    first = d.first_deadline()
+    waiting = first is not None
+    times = [] if first is None else [first]
+    restless = d.restless()
+    if restless:
+        times += [due for _, due in operator.idle_dues(d)]
+    for name in restless:
+        state = d.consumers[name]
         if state.operation is not None:
             times.append(state.operation.deadline)
         if waiting and state.unload_cooldown is not None:

@@ -33,15 +33,21 @@ class Source(StrEnum):
 
 
 def changed(record: T, **changes: object) -> T:
-    """Copy one of the records that every request changes, with some fields changed.
+    """Copy one of the records that every event changes, with some fields changed.
 
     Half of a request's steps went into attrs' `evolve`. The dictionary of an instance without
     slots is copied at once, and nothing has to be checked anew.
     """
-    copy = object.__new__(type(record))
-    assert changes.keys() <= record.__dict__.keys(), f"no such field: {changes}"
-    copy.__dict__.update(record.__dict__, **changes)
-    return copy
+    fields = record.__dict__ | changes
+    assert len(fields) == len(record.__dict__), f"no such field: {changes}"
+    return made_of(type(record), fields)
+
+
+def made_of(kind: type[T], fields: Mapping[str, object]) -> T:
+    """Make such a record of all of its fields, which are not looked at."""
+    record = object.__new__(kind)
+    object.__setattr__(record, "__dict__", fields)
+    return record
 
 
 @frozen(kw_only=True)
@@ -231,7 +237,7 @@ class Counters:
         return changed(self, last_run_us=us)
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, slots=False)  # see `changed`
 class State:
     """Everything a decision depends on, the configuration included."""
 
@@ -270,6 +276,15 @@ class State:
     preload_due: tuple[str, ...] = ()
     wake: int | None = None
     counters: Counters = field(factory=Counters)
+
+    # What a step has found out, so that the next one need not. No part of what is believed: no log
+    # holds it, and a state that lacks it comes to the same.
+    # Before that time nobody has anything to do, unless something changes; 0: not known.
+    calm_until: int = field(default=0, init=False, eq=False, repr=False)
+    # For whom time alone, or the end of what they do, can change something; None: not known.
+    known_restless: tuple[str, ...] | None = field(default=None, init=False, eq=False, repr=False)
+    # When the first wait has to end; None: not known, or nobody waits.
+    known_deadline: int | None = field(default=None, init=False, eq=False, repr=False)
 
 
 def assumed_residency(consumer: Consumer) -> Residency:

@@ -10,6 +10,7 @@ from mgpu_core.memory import (
     at_work,
     cooling_down,
     fits_as_believed,
+    fits_now,
     gain_mib,
     good_card,
     is_busy,
@@ -178,6 +179,8 @@ def _evict(d: Draft, swap: Swap, victims: tuple[str, ...]) -> None:
 
 def advance_all(d: Draft) -> None:
     """Bring every swap as far as it goes now, the oldest first."""
+    if not d.swaps:
+        return
     for swap in sorted(d.swaps.values(), key=lambda swap: swap.epoch):
         while swap.target in d.swaps and _advance(d, d.swaps[swap.target]):
             pass
@@ -241,7 +244,7 @@ def _settle(d: Draft, swap: Swap) -> bool:
     cards = [card for gpu in needs if (card := good_card(d, gpu))]
     newer = [card for card in cards if card.taken > swap.unloaded]
     seen = bool(cards) and len(newer) == len(cards)
-    if seen and not view_for(d, swap.target, max_evictions=0).missing_mib():
+    if seen and fits_now(d, swap.target):
         trust_again(d, swap)
         return _load(d, d.turn(swap, Turn.ROOM))
     nothing_to_see = not cards or (swap.failed and len(swap.evicted) == 1)
@@ -332,7 +335,7 @@ def room_is_gone(d: Draft, target: str) -> bool:
     state = d.consumers[target]
     cards = [good_card(d, gpu) for gpu in need_mib(d.consumer(target), state)]
     newer = any(card and card.taken >= state.touched for card in cards)
-    return (newer or not any(cards)) and bool(view_for(d, target, max_evictions=0).missing_mib())
+    return (newer or not any(cards)) and not fits_now(d, target)
 
 
 def give_up_cold_start(d: Draft, target: str) -> None:

@@ -63,6 +63,7 @@ def walk(d: Draft) -> None:
     on_time = d.wake is None or d.at < d.wake
     as_before = on_time and d.own_planner is None and not promoted and not d.again
     if d.concerned is not None and as_before:
+        d.partial = list(d.concerned) != others
         others = d.concerned
     for name in promoted:
         reason = _look(d, name, fences, stuck)
@@ -130,14 +131,18 @@ def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | No
 
 def _server_stops(d: Draft, consumer: Consumer) -> bool:
     """The process that it would be loaded into is on its way out with a sibling."""
+    if not d.restless():
+        return False
     return consumer.server in d.remember("stopping servers", lambda: _stopping_servers(d))
 
 
 def _stopping_servers(d: Draft) -> frozenset[str]:
     return frozenset(
         d.consumer(name).server
-        for name, state in d.consumers.items()
-        if state.operation and state.operation.kind == "unload" and state.operation.how == "driver"
+        for name in d.restless()
+        if (operation := d.consumers[name].operation) is not None
+        and operation.kind == "unload"
+        and operation.how == "driver"
     )
 
 
@@ -296,6 +301,8 @@ def slot_holders(d: Draft, gpu: int) -> tuple[str, ...]:
 
 def _wanted_elsewhere(d: Draft, name: str) -> Reason | None:
     """A swap under way counts on its going."""
+    if not d.swaps:
+        return None
     wanting = sorted(swap.target for swap in d.swaps.values() if name in swap.victims)
     return Reason(why=Why.COLLISION, who=tuple(wanting)) if wanting else None
 
@@ -476,6 +483,9 @@ def serve_arrived(d: Draft) -> None:
 
 def expire(d: Draft) -> None:
     """End the waits whose time is over."""
+    first = d.first_deadline()
+    if first is None or d.at < first:
+        return
     late = [
         name
         for name, request in d.requests.items()
@@ -492,8 +502,8 @@ def expire(d: Draft) -> None:
 
 def give_up_unclaimed(d: Draft) -> None:
     """Nobody is left to cold-start a consumer for whom memory is set aside."""
-    for name in [name for name, state in d.consumers.items() if state.cleared]:
-        if name not in d.owed:
+    for name in d.restless():
+        if d.consumers[name].cleared and name not in d.owed:
             d.update(name, cleared=False)
             d.give_up_promise(name)
             d.note("ColdStartGivenUp", consumer=name)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from attrs import frozen
 
 from mgpu_core.config import Config, Consumer, Gpu
-from mgpu_core.events import GpuReading, GpuSample, ProbeResult, Request, ServeDone, Tick
+from mgpu_core.events import GpuReading, GpuSample, ProbeResult, Request, ServeDone
 from mgpu_core.scheduler import Scheduler
 from mgpu_core.state import State
 
@@ -46,7 +46,10 @@ def steps(waiting: int, *, requests: int = 2000) -> Steps:
 
 
 def walk_ms(*, passes: int = 20) -> float:
-    """Time a pass over 1,000 waiting requests of as many consumers, in milliseconds: the best."""
+    """Time a pass over 1,000 waiting requests of as many consumers, in milliseconds: the best.
+
+    After a reading, all who wait for memory are looked at.
+    """
     scheduler, state = _host(CROWD)
     for number in range(1, CROWD):
         state = _request(scheduler, state, f"w{number}", f"c{number}")
@@ -55,9 +58,14 @@ def walk_ms(*, passes: int = 20) -> float:
 
 
 def _timed(scheduler: Scheduler, state: State, passes: int) -> Iterator[float]:
+    card = state.cards[0]
+    reading = GpuReading(
+        index=0, total_mib=card.total_mib, used_mib=card.used_mib, free_mib=card.free_mib
+    )
     for _ in range(passes):
+        sample = GpuSample(at=state.at + 1, taken=state.at + 1, gpus=(reading,))
         began = time.perf_counter()
-        state = scheduler.step(state, Tick(at=state.at + 1)).state
+        state = scheduler.step(state, sample).state
         yield time.perf_counter() - began
 
 

@@ -127,7 +127,7 @@ def as_json(step: Step) -> dict[str, object]:
         "at": record.at,
         "event": record.event,
         "effects": record.effects,
-        "notes": record.notes,
+        "notes": list(record.notes),
         "residency": state and {name: c.residency.value for name, c in state.consumers.items()},
         "free_mib": state and {str(gpu): card.free_mib for gpu, card in state.cards.items()},
         "queue": state and len(state.queue),

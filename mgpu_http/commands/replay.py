@@ -121,7 +121,7 @@ class Differs:
             "got": None if difference is None else difference.got,
             "failure": self.failure,
             "notes": difference and [encode_note(note) for note in difference.transition.notes],
-            "recorded_notes": record.notes,
+            "recorded_notes": list(record.notes),
             "before": self.before and encode_state(self.before),
         }
 

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mgpu_effects.event_log import EventLog, EventLogError, default_dir, writing
+from mgpu_effects.event_log import EventLog, EventLogError, default_dir, encode_line, writing
 from mgpu_effects.settings import EventLogSettings
 
 AT = 1_780_000_000_000_000
@@ -372,3 +374,22 @@ def _cost_s(run: Run, event: dict, count: int) -> float:
 )
 def test_the_directory_is_systemds_else_in_the_users_state_home(environ, directory):
     assert default_dir(environ) == directory
+
+
+WORDS = st.text(st.characters(exclude_categories=[]), max_size=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(st.dictionaries(WORDS, VALUES, max_size=4))
+def test_a_line_is_ascii_as_the_standard_library_writes_it(note):
+    members = {"seq": 17, "at": 18, "event": {"type": "Tick"}, "effects": [], "notes": [note]}
+    document = json.dumps(members, separators=(",", ":")).encode("ascii")
+
+    line = encode_line(**members)
+
+    assert line == b'%b,"crc":"%08x"}\n' % (document[:-1], zlib.crc32(document))

@@ -196,8 +196,8 @@ PLANTS = (
         "the-cushion-of-another-card",
         "P3",
         "memory",
-        "need_mib={gpu: need + cushion_mib(d, gpu) for gpu, need in needs.items()},",
-        "need_mib={gpu: need + cushion_mib(d, min(needs)) for gpu, need in needs.items()},",
+        "return {gpu: need + cushion_mib(d, gpu) for gpu, need in needs.items()}",
+        "return {gpu: need + cushion_mib(d, min(needs)) for gpu, need in needs.items()}",
         like="surogate #140: eviction commits before it knows it suffices",
     ),
     plant(
@@ -260,15 +260,13 @@ PLANTS = (
         "a-difference-that-wraps",
         "P7",
         "swaps",
-        "    if seen and not view_for(d, swap.target, max_evictions=0).missing_mib():\n"
-        "        trust_again(d, swap)\n",
+        "    if seen and fits_now(d, swap.target):\n        trust_again(d, swap)\n",
         "    freed = [\n"
         "        (card.free_mib - before) % 2**32 > 2**31\n"
         "        for gpu, before in swap.free_before_mib.items()\n"
         "        if (card := good_card(d, gpu))\n"
         "    ]\n"
-        "    short = view_for(d, swap.target, max_evictions=0).missing_mib()\n"
-        "    if seen and (not short or any(freed)):\n"
+        "    if seen and (fits_now(d, swap.target) or any(freed)):\n"
         "        trust_again(d, swap)\n",
         like="ollama E4: unsigned difference of free memory",
     ),
@@ -401,8 +399,8 @@ PLANTS = (
         "an-old-state-that-changes",
         "P11",
         "draft",
-        "self.reasons: dict[str, Reason] = dict(state.reasons)",
-        "self.reasons: dict[str, Reason] = state.reasons",
+        '    "reasons",\n    "waiting",\n',
+        '    "waiting",\n',
     ),
     plant(
         "decisions-by-the-order-of-the-file",

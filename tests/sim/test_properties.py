@@ -110,6 +110,22 @@ def test_who_is_not_looked_at_could_not_have_moved_on() -> None:
             state = quick.state
 
 
+@pytest.mark.timeout(300)
+def test_where_all_is_calm_nobody_had_anything_to_do() -> None:
+    calm_steps = 0
+    for report in campaign(range(12), Random):
+        scheduler = Scheduler(report.setting.config)
+        state = scheduler.initial()
+        for happened in report.history:
+            quick = scheduler.step(state, happened)
+            whole = scheduler.step(evolve(state), happened)  # a copy does not know that it is calm
+            assert (quick.effects, quick.notes) == (whole.effects, whole.notes)
+            assert quick.state == whole.state
+            calm_steps += happened.at < state.calm_until
+            state = quick.state
+    assert calm_steps
+
+
 def test_there_is_an_oracle_for_every_property_of_single_steps() -> None:
     of_whole_runs = {"P11", "P13"}
     assert {*ORACLES, *of_whole_runs} == {f"P{number}" for number in range(1, 16)}

@@ -80,10 +80,11 @@ def _see(d: Draft, name: str, *, resident: bool, source: Source) -> None:
 
 
 def _awaits_its_first_request(d: Draft, name: str) -> bool:
-    """Its process runs for somebody who is not served yet: it may hold nothing."""
+    """Its process runs for somebody who waits still for a place there: it may hold nothing."""
     promise = d.promises.get(name)
+    ungranted = promise is not None and promise.granted is None and promise.done is None
     is_in = d.consumers[name].residency is Residency.RESIDENT
-    return is_in and promise is not None and promise.granted is None and promise.done is None
+    return ungranted and is_in and name in d.waiting
 
 
 def _failed(d: Draft, event: ProbeResult, state: ConsumerState) -> None:

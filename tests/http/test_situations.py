@@ -7,9 +7,9 @@ Each file is taken as it is, with stand-ins for its services that hold what it s
 import asyncio
 import json
 import os
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -28,6 +28,7 @@ SOUND = (
     b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF1234\r\n'
     b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--x--\r\n'
 )
+T = TypeVar("T")
 OPENAI, TRANSCRIBE = "/v1/chat/completions", "/v1/audio/transcriptions"
 
 
@@ -73,13 +74,21 @@ def waits(consumer: str, why: str) -> Any:
     )
 
 
-def has_free(mib: int) -> Any:
-    """Say of a status whether the first card was seen with that much."""
-    return lambda status: status["gpu"][0]["free_mib"] == mib
-
-
 def loaded(status: Any) -> set[str]:
     return {name for name, row in status["consumers"].items() if row["loaded"]}
+
+
+async def costs(
+    at: Situation, broker: Facade, work: Awaitable[T], evicted: set[str], loads: int = 0
+) -> T:
+    """Give what comes of the work; just these had to go for it, and so many loads were needed."""
+    before = await at.seen(broker)
+    answer = await work
+    after = await at.seen(broker)
+    assert loaded(before) - loaded(after) == evicted
+    changes = [now - then for now, then in zip(counts(after), counts(before), strict=True)]
+    assert changes == [len(evicted), loads]
+    return answer
 
 
 # ------------------------------------------------------------------- four services, one card
@@ -96,78 +105,91 @@ async def test_four_services_on_one_card(tmp_path: Path) -> None:
         pictures = await at.draws()
         async with at.broker() as broker:
             await broker.until("probed", lambda s: s["consumers"]["mvoice"]["healthy"])
-            # By day: all of them beside each other but the picture.
-            assert await speak(broker, "mvoice") == b"RIFF"
-            sound = await broker.ask("GET", "/audio/1.wav")
-            assert (sound.status, sound.body) == (200, b"sound of 1.wav")
-            assert await hear(broker, "/v1/stt", "mvoice") == "Hello."
-            assert await hear(broker, TRANSCRIBE, "whisper-server") == "Hello."
-            said = await chat(broker, "/v1/llm", "qwen3:8b", "ollama")
-            assert said["message"]["content"] == "Hello."
-            assert at.card().held_mib == {
-                "the desktop": 768,
-                "mvoice": 2_345,
-                "whisper-server": 2_100,
-                "ollama/qwen3:8b": 6_000,
-            }
-            status = await broker.status()
-            assert counts(status) == (0, 1)  # dictation
-
-            # A picture: nobody is unloaded for it while Ollama keeps its model, as that would be
-            # too little. Only ComfyUI itself is told to let go of what it might hold, and once more
-            # as nothing came of it.
-            await broker.until("seen", has_free(5_171))
-            drawn = asyncio.create_task(picture_and_speech(broker, pictures))
-            status = await broker.until("in vain", waits("comfyui", "memory"))
-            assert (counts(status), pictures.times("POST /free")) == ((1, 1), 2)
-            await eventually(lambda: pictures.freed == 2)
-            assert {"mvoice", "whisper-server"} < loaded(status)
-
-            # Then 11,171 are free and 13,256 needed. The voice waits for longest and is enough.
-            # What wants to speak meanwhile does so as soon as the picture is there.
-            ollama.keep_alive_ends()
-            assert await drawn == b"RIFF"
-            assert counts(await broker.status()) == (3, 2)
-            assert [call for call in at.calls if call.endswith("load")] == [
-                "mvoice POST /unload",
-                "mvoice POST /load",
-            ]
-            assert at.card().held_mib["comfyui"] == 500
-
-            # Another picture, and the voice is idle for longest again. A chat waits for it:
-            # nobody goes for Ollama, so its model is put on the processor.
-            assert await hear(broker, TRANSCRIBE, "whisper-server") == "Hello."
-            await broker.until("seen", has_free(10_671))
-            async with drawing(broker, pictures):
-                asked = asyncio.create_task(chat(broker, OPENAI, "qwen3:8b", "ollama"))
-                await broker.until("chat waits", waits("ollama", "slot"))
-            assert (await asked)["choices"][0]["message"]["content"] == "Hello."
-            assert ollama.sizes_mib == {"qwen3:8b": 0}
-            assert counts(await broker.status()) == (4, 2)
-
-            # In the evening nobody asks for anything: the picture's memory comes free by itself,
-            # and then the voice is back.
-            ollama.keep_alive_ends()
-            await at.reconfigure(broker, "comfyui", idle_unload_s=0.1)
-            await broker.until("out", lambda s: loaded(s) == {"ollama", "whisper-server"})
-            await broker.until("seen", has_free(13_016))
-            await at.reconfigure(broker, restore_after_s=0.1)
-            status = await broker.until("back", lambda s: "mvoice" in loaded(s))
-            assert counts(status) == (5, 3)
-            assert await speak(broker, "mvoice") == b"RIFF"
-            await chat(broker, OPENAI, "qwen3:8b", "ollama")
-            assert ollama.sizes_mib["qwen3:8b"] > 0
+            await all_but_pictures(at, broker)
+            await a_picture_while_ollama_holds_a_model(at, broker, pictures, ollama)
+            await a_chat_beside_a_picture(at, broker, pictures, ollama)
+            await an_evening_without_requests(at, broker, ollama)
         assert (voice.broken, ollama.broken) == (0, 0)
-        assert pictures.freed == 4
 
 
-async def picture_and_speech(broker: Facade, pictures: ComfyUI) -> bytes:
-    """Ask for a picture, and for speech while it is drawn."""
-    async with drawing(broker, pictures):
-        spoken = asyncio.create_task(speak(broker, "mvoice"))
-        status = await broker.until("speech waits", waits("mvoice", "victim_at_work"))
-        assert not status["consumers"]["mvoice"]["loaded"]
-    return await spoken
+async def all_but_pictures(at: Situation, broker: Facade) -> None:
+    """They fit beside each other."""
+    assert await costs(at, broker, speak(broker, "mvoice"), set()) == b"RIFF"
+    sound = await broker.ask("GET", "/audio/1.wav")
+    assert (sound.status, sound.body) == (200, b"sound of 1.wav")
+    assert await costs(at, broker, hear(broker, "/v1/stt", "mvoice"), set()) == "Hello."
+    heard = hear(broker, TRANSCRIBE, "whisper-server")
+    assert await costs(at, broker, heard, set(), loads=1) == "Hello."
+    said = await costs(at, broker, chat(broker, "/v1/llm", "qwen3:8b", "ollama"), set())
+    assert said["message"]["content"] == "Hello."
+    assert at.card().held_mib == {
+        "the desktop": 768,
+        "mvoice": 2_345,
+        "whisper-server": 2_100,
+        "ollama/qwen3:8b": 6_000,
+    }
+
+
+async def a_picture_while_ollama_holds_a_model(
+    at: Situation, broker: Facade, pictures: ComfyUI, ollama: Ollama
+) -> None:
+    """Nobody is unloaded for it at first, as that would be too little; but ComfyUI is told to let
+    go of what it might hold, and once more as nothing came of it.
+
+    Without Ollama's model 11,171 are free, where 13,256 are needed: the voice has been idle for
+    longer than dictation, and is enough. Who wants to speak meanwhile does so when it is drawn.
+    """
+
+    async def with_speech() -> bytes:
+        async with drawing(broker, pictures):
+            spoken = asyncio.create_task(speak(broker, "mvoice"))
+            status = await broker.until("speech waits", waits("mvoice", "victim_at_work"))
+            assert loaded(status) == {"comfyui", "ollama", "whisper-server"}
+        return await spoken
+
+    drawn = asyncio.create_task(with_speech())
+    status = await broker.until("in vain", waits("comfyui", "memory"))
+    assert (counts(status), pictures.times("POST /free")) == ((1, 1), 2)
+    await eventually(lambda: pictures.freed == 2)
+    assert loaded(status) == {"mvoice", "ollama", "whisper-server"}
+
+    ollama.keep_alive_ends()
+    assert await drawn == b"RIFF"
+    status = await at.seen(broker)
+    assert (counts(status), loaded(status)) == ((3, 2), {"mvoice", "ollama", "whisper-server"})
+    told = [call for call in at.calls if call.endswith("load")]
+    assert told == ["mvoice POST /unload", "mvoice POST /load"]
+
+
+async def a_chat_beside_a_picture(
+    at: Situation, broker: Facade, pictures: ComfyUI, ollama: Ollama
+) -> None:
+    """Nobody goes for Ollama, so its model is put on the processor."""
+
+    async def with_chat() -> Any:
+        async with drawing(broker, pictures):
+            asked = asyncio.create_task(chat(broker, OPENAI, "qwen3:8b", "ollama"))
+            await broker.until("chat waits", waits("ollama", "slot"))
+        return await asked
+
+    assert await hear(broker, TRANSCRIBE, "whisper-server") == "Hello."
+    said = await costs(at, broker, with_chat(), {"mvoice"})
+    assert said["choices"][0]["message"]["content"] == "Hello."
+    assert ollama.sizes_mib == {"qwen3:8b": 0}
+
+
+async def an_evening_without_requests(at: Situation, broker: Facade, ollama: Ollama) -> None:
+    """The picture's memory comes free by itself, and then the voice is back."""
+    ollama.keep_alive_ends()
+    await at.reconfigure(broker, "comfyui", idle_unload_s=0.1)
+    await broker.until("out", lambda s: s["consumers"]["comfyui"]["residency"] == "absent")
+    await at.seen(broker)
+    await at.reconfigure(broker, restore_after_s=0.1)
+    status = await broker.until("back", lambda s: "mvoice" in loaded(s))
+    assert counts(status) == (5, 3)
+    assert await costs(at, broker, speak(broker, "mvoice"), set()) == b"RIFF"
+    await costs(at, broker, chat(broker, OPENAI, "qwen3:8b", "ollama"), set())
+    assert ollama.sizes_mib["qwen3:8b"] > 0
 
 
 # -------------------------------------------------------------------- one card, many models
@@ -185,114 +207,102 @@ async def test_many_models_on_one_card(tmp_path: Path) -> None:
         pictures = await at.draws()
         async with at.broker() as broker:
             await ready(broker)
-            assert await models(broker) == {
-                "chat": "ollama",
-                "coder-7b": "router",
-                "embed-300m": "router",
-                "gemma3:12b": "ollama",
-                "kokoro": "kokoro",
-                "phi4-mini": "ollama",
-                "qwen3:8b": "ollama",
-                "tts-1": "kokoro",
-                "writer-14b": "router",
-            }
-
-            async def brings_in(evicted: set[str], work: Awaitable[Any]) -> Any:
-                """Give what the work gives; just these had to go for it."""
-                before = await broker.status()
-                answer = await work
-                after = await broker.until("over", lambda s: not s["requests"])
-                assert loaded(before) - loaded(after) == evicted
-                assert counts(after)[0] - counts(before)[0] == len(evicted)
-                return answer
-
-            # 15,312 MiB, the desktop's 512 among them: all fit.
-            said = await brings_in(set(), chat(broker, OPENAI, "chat", "ollama/qwen3:8b"))
-            assert said["choices"][0]["message"]["content"] == "Hello."
-            assert said["model"] == "qwen3:8b"
-            await brings_in(set(), embed(broker))
-            await brings_in(set(), chat(broker, OPENAI, "coder-7b", "router/coder-7b"))
-            body = {"input": "Hello.", "voice": "af_heart", "model": "tts-1"}
-            speech = await brings_in(set(), ask(broker, "/v1/audio/speech", "kokoro", **body))
-            assert speech.body == b"ID3"
-
-            # 9,764 free, 10,156 needed: 392 are missing, and qwen3 was used first.
-            await brings_in(
-                {"ollama/qwen3:8b"}, chat(broker, "/v1/llm", "gemma3:12b", "ollama/gemma3:12b")
-            )
-            # 6,664 free, 7,056 needed. Pinned is the embedder, so it is the coder.
-            await brings_in(
-                {"router/coder-7b"}, chat(broker, OPENAI, "qwen3:8b", "ollama/qwen3:8b")
-            )
-            # 5,464 free, 10,656 needed: the voice is older than gemma3, but no help to it.
-            await brings_in(
-                {"ollama/gemma3:12b"}, chat(broker, OPENAI, "writer-14b", "router/writer-14b")
-            )
-            # One that nobody named, 3,400 in 4,964 free.
-            await brings_in(set(), chat(broker, "/v1/llm", "phi4-mini", "ollama/phi4-mini"))
-            await broker.until("measured", measures("ollama/phi4-mini", 3_400))
-            assert sum(at.card().held_mib.values()) == 23_012
-
-            # 1,564 free, 13,256 needed: qwen3 and the writer. Beside the picture there is voice
-            # without a slot, and an answer in the second one.
-            await brings_in(
-                {"ollama/qwen3:8b", "router/writer-14b"},
-                picture_with_others(broker, pictures, ollama),
-            )
-            # 5,764 free, 10,156 needed: all that is older than the picture and not pinned.
-            await brings_in(
-                {"kokoro", "ollama/phi4-mini"},
-                chat(broker, OPENAI, "gemma3:12b", "ollama/gemma3:12b"),
-            )
-            # 464 free, and by now it is known that 3,656 are needed.
-            await brings_in({"comfyui"}, chat(broker, OPENAI, "phi4-mini", "ollama/phi4-mini"))
-            assert await brings_in(set(), speak(broker, "kokoro")) == b"ID3"
-            assert at.card().held_mib == {
-                "the desktop": 512,
-                "router/embed-300m": 700,
-                "ollama/gemma3:12b": 9_900,
-                "comfyui": 500,
-                "ollama/phi4-mini": 3_400,
-                "kokoro": 1_200,
-            }
+            await all_are_listed(broker)
+            await models_make_room_for_each_other(at, broker)
+            await one_that_nobody_named(at, broker)
+            await a_picture_and_what_fits_beside(at, broker, pictures, ollama)
+            await after_the_picture(at, broker)
         assert (ollama.broken, kokoro.broken) == (0, 0)
-        assert unloads(at.router_calls()) == ["coder-7b", "writer-14b"]
-        assert [call for call in at.calls if call.endswith("unload")] == ["kokoro POST /dev/unload"]
+        unloaded = [call for call in at.router_calls() if "/models/unload" in call]
+        assert [call.split()[-1] for call in unloaded] == ["coder-7b", "writer-14b"]
 
 
-async def models(broker: Address) -> dict[str, str]:
-    """Give all that can be asked for, and whose it is."""
+async def all_are_listed(broker: Facade) -> None:
     listed = (await broker.ask("GET", "/v1/models")).json()["data"]
-    return {row["id"]: row["owned_by"] for row in listed}
+    assert {row["id"]: row["owned_by"] for row in listed} == {
+        "chat": "ollama",
+        "coder-7b": "router",
+        "embed-300m": "router",
+        "gemma3:12b": "ollama",
+        "kokoro": "kokoro",
+        "phi4-mini": "ollama",
+        "qwen3:8b": "ollama",
+        "tts-1": "kokoro",
+        "writer-14b": "router",
+    }
 
 
-async def embed(broker: Address) -> None:
-    answer = await ask(
-        broker, "/v1/embeddings", "router/embed-300m", model="embed-300m", input="Hello."
-    )
-    assert answer.json()["target"] == "/v1/embeddings"
+async def embed(broker: Facade) -> None:
+    asked = {"model": "embed-300m", "input": "Hello."}
+    answer = await ask(broker, "/v1/embeddings", "router/embed-300m", **asked)
+    assert (answer.json()["target"], json.loads(answer.json()["body"])) == ("/v1/embeddings", asked)
 
 
-def measures(consumer: str, mib: int) -> Any:
-    """Say of a status whether a consumer was seen to hold that much."""
-    return lambda status: status["consumers"][consumer]["gpu_resident_mib"] == mib
+async def models_make_room_for_each_other(at: Situation, broker: Facade) -> None:
+    # 15,324 with the desktop: all of these fit.
+    said = await costs(at, broker, chat(broker, OPENAI, "chat", "ollama/qwen3:8b"), set(), loads=1)
+    assert (said["model"], said["choices"][0]["message"]["content"]) == ("qwen3:8b", "Hello.")
+    await costs(at, broker, embed(broker), set())
+    await costs(at, broker, chat(broker, OPENAI, "coder-7b", "router/coder-7b"), set())
+    text = {"model": "tts-1", "input": "Hello.", "voice": "af_heart"}
+    speech = await costs(at, broker, ask(broker, "/v1/audio/speech", "kokoro", **text), set())
+    assert speech.body == b"ID3"
+    # 9,764 are free, 10,156 needed: qwen3 was used first, and is enough.
+    asked = chat(broker, "/v1/llm", "gemma3:12b", "ollama/gemma3:12b")
+    await costs(at, broker, asked, {"ollama/qwen3:8b"}, loads=1)
+    # 6,664 are free, 7,056 needed: the embedder is pinned, so it is the coder.
+    asked = chat(broker, OPENAI, "qwen3:8b", "ollama/qwen3:8b")
+    await costs(at, broker, asked, {"router/coder-7b"}, loads=1)
+    # 5,464 are free, 10,656 needed: the voice is older than gemma3, but no help beside it.
+    asked = chat(broker, OPENAI, "writer-14b", "router/writer-14b")
+    await costs(at, broker, asked, {"ollama/gemma3:12b"})
 
 
-async def picture_with_others(broker: Facade, pictures: ComfyUI, ollama: Ollama) -> None:
-    """Ask for a picture, and while it is drawn for what fits beside it."""
-    async with drawing(broker, pictures):
-        ollama.go.clear()
-        asked = asyncio.create_task(chat(broker, OPENAI, "phi4-mini", "ollama/phi4-mini"))
-        await broker.until("both slots taken", lambda s: s["scheduler"]["in_flight"] == 2)
-        assert await speak(broker, "kokoro") == b"ID3"
-        embedded = asyncio.create_task(embed(broker))
-        await broker.until("a third waits", waits("router/embed-300m", "slot"))
-        ollama.go.set()
-        await asyncio.gather(asked, embedded)
+async def one_that_nobody_named(at: Situation, broker: Facade) -> None:
+    """It takes 3,400 of 4,964, and is measured."""
+    asked = chat(broker, "/v1/llm", "phi4-mini", "ollama/phi4-mini")
+    await costs(at, broker, asked, set(), loads=1)
+    status = await at.seen(broker)
+    assert status["consumers"]["ollama/phi4-mini"]["gpu_resident_mib"] == 3_400
 
 
-def unloads(calls: list[str]) -> list[str]:
-    return [call.rpartition(" ")[2] for call in calls if "/models/unload" in call]
+async def a_picture_and_what_fits_beside(
+    at: Situation, broker: Facade, pictures: ComfyUI, ollama: Ollama
+) -> None:
+    """1,564 are free, 13,256 needed: qwen3 and the writer have to go. Beside the picture there is
+    an answer in the second slot, and voice without a slot.
+    """
+
+    async def with_others() -> None:
+        async with drawing(broker, pictures):
+            ollama.go.clear()
+            asked = asyncio.create_task(chat(broker, OPENAI, "phi4-mini", "ollama/phi4-mini"))
+            await broker.until("both slots taken", lambda s: s["scheduler"]["in_flight"] == 2)
+            assert await speak(broker, "kokoro") == b"ID3"
+            embedded = asyncio.create_task(embed(broker))
+            await broker.until("a third waits", waits("router/embed-300m", "slot"))
+            ollama.go.set()
+            await asyncio.gather(asked, embedded)
+
+    await costs(at, broker, with_others(), {"ollama/qwen3:8b", "router/writer-14b"})
+
+
+async def after_the_picture(at: Situation, broker: Facade) -> None:
+    # 5,764 are free, 10,156 needed: both that were used before the picture was done.
+    asked = chat(broker, OPENAI, "gemma3:12b", "ollama/gemma3:12b")
+    await costs(at, broker, asked, {"kokoro", "ollama/phi4-mini"}, loads=1)
+    # 464 are free, and by now it is known that 3,656 are needed.
+    asked = chat(broker, OPENAI, "phi4-mini", "ollama/phi4-mini")
+    await costs(at, broker, asked, {"comfyui"}, loads=1)
+    assert await costs(at, broker, speak(broker, "kokoro"), set()) == b"ID3"
+    assert at.card().held_mib == {
+        "the desktop": 512,
+        "router/embed-300m": 700,
+        "ollama/gemma3:12b": 9_900,
+        "comfyui": 500,
+        "ollama/phi4-mini": 3_400,
+        "kokoro": 1_200,
+    }
 
 
 # ----------------------------------------------------------------------------------- two GPUs
@@ -307,53 +317,62 @@ async def test_two_gpus(tmp_path: Path, engine: Engine) -> None:
         container, _ = at.command("whisper-server", mib=2_100, gpus=(1,))
         engine.has("whisper-server", "created", tuple(container))
         pictures = await at.draws()
-        first, second = at.card(0), at.card(1)
         async with at.broker() as broker:
             # Dictation is there before anybody asks: it is the preload set.
             await broker.until("preloaded", lambda s: loaded(s) == {"whisper-server"})
             assert await hear(broker, "/v1/stt", "whisper-server") == "Hello."
-
-            # The model starts beside it, and it works beside the model.
-            said = await chat(broker, OPENAI, "llm", "vllm")
+            said = await costs(at, broker, chat(broker, OPENAI, "llm", "vllm"), set(), loads=1)
             assert said["choices"][0]["message"]["content"] == "Hello."
-            assert first.held_mib == {"the desktop": 512, "vllm": 19_661}
-            assert second.held_mib == {"the desktop": 0, "whisper-server": 2_100, "vllm": 19_661}
-            await vllm.ask("POST", "/-/hold")
-            asked = [asyncio.create_task(chat(broker, OPENAI, "llm", "vllm")) for _ in range(3)]
-            await broker.until("at work", lambda s: s["consumers"]["vllm"]["active"] == 3)
-            assert await hear(broker, TRANSCRIBE, "whisper-server") == "Hello."
-            picture = asyncio.create_task(picture_and_chat(broker, pictures, at))
-            status = await broker.until("picture waits", waits("comfyui", "victim_at_work"))
-            assert counts(status) == (0, 2)
-            await vllm.ask("POST", "/-/go")
-            await asyncio.gather(*asked)
-
-            # It went to sleep on both cards, and woke up on both.
-            await picture
-            status = await broker.status()
-            assert (counts(status), loaded(status)) == ((2, 3), {"vllm", "whisper-server"})
-            assert first.held_mib == {"the desktop": 512, "vllm": 19_661, "comfyui": 500}
-            assert second.held_mib["vllm"] == 19_661
-
-            # And back.
-            async with drawing(broker, pictures):
-                pass
-            status = await broker.status()
-            assert (counts(status), loaded(status)) == ((3, 3), {"comfyui", "whisper-server"})
+            assert both_held_mib(at) == (
+                {"the desktop": 512, "vllm": 19_661},
+                {"the desktop": 0, "vllm": 19_661, "whisper-server": 2_100},
+            )
+            await a_picture_between_chats(at, broker, pictures, vllm)
+            await costs(at, broker, picture(broker, pictures), {"vllm"})
         assert engine.calls == [["docker", "start", "whisper-server"]]
-        assert pictures.freed == 1
 
 
-async def picture_and_chat(broker: Facade, pictures: ComfyUI, at: Situation) -> None:
-    """Ask for a picture, and for dictation and a chat while it is drawn."""
+def both_held_mib(at: Situation) -> tuple[dict[str, int], dict[str, int]]:
+    return at.card(0).held_mib, at.card(1).held_mib
+
+
+async def picture(broker: Facade, pictures: ComfyUI) -> None:
     async with drawing(broker, pictures):
-        assert at.card(0).held_mib == {"the desktop": 512, "vllm": 2_048, "comfyui": 13_000}
-        assert await hear(broker, TRANSCRIBE, "whisper-server") == "Hello."
-        asked = asyncio.create_task(chat(broker, "/v1/llm", "llm", "vllm"))
-        await broker.until("chat waits", waits("vllm", "victim_at_work"))
-        # One of its cards has room, but it takes both or none.
-        assert at.card(1).held_mib["vllm"] == 2_048
-    await asked
+        pass
+
+
+async def a_picture_between_chats(
+    at: Situation, broker: Facade, pictures: ComfyUI, vllm: Address
+) -> None:
+    """The model works on both cards and has to be waited for; then it sleeps on both while one of
+    them draws, and is woken on both. Dictation works beside either.
+    """
+
+    async def with_dictation_and_chat() -> None:
+        async with drawing(broker, pictures):
+            assert both_held_mib(at) == (
+                {"the desktop": 512, "vllm": 2_048, "comfyui": 13_000},
+                {"the desktop": 0, "vllm": 2_048, "whisper-server": 2_100},
+            )
+            assert await hear(broker, TRANSCRIBE, "whisper-server") == "Hello."
+            asked = asyncio.create_task(chat(broker, "/v1/llm", "llm", "vllm"))
+            await broker.until("chat waits", waits("vllm", "victim_at_work"))
+            assert at.card(1).held_mib["vllm"] == 2_048  # there is room on it, but not on both
+        await asked
+
+    await vllm.ask("POST", "/-/hold")
+    asked = [asyncio.create_task(chat(broker, OPENAI, "llm", "vllm")) for _ in range(3)]
+    await broker.until("at work", lambda s: s["consumers"]["vllm"]["active"] == 3)
+    assert await hear(broker, TRANSCRIBE, "whisper-server") == "Hello."
+    drawn = asyncio.create_task(with_dictation_and_chat())
+    status = await broker.until("picture waits", waits("comfyui", "victim_at_work"))
+    assert counts(status) == (0, 2)
+    await vllm.ask("POST", "/-/go")
+    await asyncio.gather(*asked, drawn)
+    status = await at.seen(broker)
+    assert (counts(status), loaded(status)) == ((2, 3), {"vllm", "whisper-server"})
+    assert at.card(0).held_mib == {"the desktop": 512, "vllm": 19_661, "comfyui": 500}
+    assert at.card(1).held_mib["vllm"] == 19_661
 
 
 # ----------------------------------------------------------------------------------- CPU only
@@ -362,41 +381,46 @@ async def picture_and_chat(broker: Facade, pictures: ComfyUI, at: Situation) -> 
 async def test_speech_without_a_gpu(tmp_path: Path) -> None:
     async with situation(tmp_path, "cpu-only-speech") as at:
         # On a card that has nothing they would find too little, if they took anything.
-        piper, whisper = (at.starts(name, mib=0) for name in ("piper", "faster-whisper-server"))
+        services = {name: at.starts(name, mib=0) for name in ("piper", "faster-whisper-server")}
         async with at.broker() as broker:
-
-            async def both() -> None:
-                said, heard = await asyncio.gather(
-                    speak(broker, "piper"), hear(broker, "/v1/stt", "faster-whisper-server")
-                )
-                assert (said[:4], heard) == (b"RIFF", "Hello.")
-
-            assert loaded(await broker.status()) == set()
-            await both()
-            assert await hear(broker, TRANSCRIBE, "faster-whisper-server") == "Hello."
-            status = await broker.status()
-            assert (counts(status), status["gpu"][0]["error"]) == ((0, 2), "no_gpu")
+            await costs(at, broker, speech_and_dictation(broker), set(), loads=2)
+            heard = await hear(broker, TRANSCRIBE, "faster-whisper-server")
+            assert heard == "Hello."
+            assert (await broker.status())["gpu"][0]["error"] == "no_gpu"
 
             # Both at work at once: there is no slot that one could wait for.
-            for service in (piper, whisper):
+            for service in services.values():
                 assert (await service.ask("POST", "/-/hold")).status == 200
-            working = asyncio.create_task(both())
+            working = asyncio.create_task(speech_and_dictation(broker))
             await broker.until("at work", lambda s: s["scheduler"]["in_flight"] == 2)
-            for service in (piper, whisper):
+            for service in services.values():
                 await service.ask("POST", "/-/go")
             await working
 
-            # Nobody asks for long: both are stopped, and started again for who comes then.
-            for name in ("piper", "faster-whisper-server"):
-                await at.reconfigure(broker, name, idle_unload_s=0.1)
-            await broker.until(
-                "stopped",
-                lambda s: all(row["residency"] == "absent" for row in s["consumers"].values()),
-            )
-            for service in (piper, whisper):
-                with pytest.raises(ConnectionRefusedError):
-                    await service.ask("GET", "/")
-            for name in ("piper", "faster-whisper-server"):
-                await at.reconfigure(broker, name, idle_unload_s=1_800)
-            await both()
-            assert counts(await broker.status()) == (2, 4)
+            await nobody_asks_for_long(at, broker, services)
+            await costs(at, broker, speech_and_dictation(broker), set(), loads=2)
+
+
+async def speech_and_dictation(broker: Facade) -> None:
+    said, heard = await asyncio.gather(
+        speak(broker, "piper"), hear(broker, "/v1/stt", "faster-whisper-server")
+    )
+    assert (said[:4], heard) == (b"RIFF", "Hello.")
+
+
+async def nobody_asks_for_long(
+    at: Situation, broker: Facade, services: Mapping[str, Address]
+) -> None:
+    """Both are stopped; afterwards they may be idle for as long as the file says."""
+    long_s = {name: at.consumers[name]["idle_unload_s"] for name in services}
+    for name in services:
+        await at.reconfigure(broker, name, idle_unload_s=0.1)
+    rows = await broker.until(
+        "stopped",
+        lambda s: all(row["residency"] == "absent" for row in s["consumers"].values()),
+    )
+    assert counts(rows) == (2, 2)
+    for name, service in services.items():
+        with pytest.raises(ConnectionRefusedError):
+            await service.ask("GET", "/")
+        await at.reconfigure(broker, name, idle_unload_s=long_s[name])

@@ -176,6 +176,7 @@ class Broker:
                 settings = self._room_for_a_model(server)
                 await self._take_over(with_model(settings, server, model))
                 self._met[name] = server, model
+                await self._looked_at(name)
         return name
 
     def has_met(self, server: str, model: str) -> bool:
@@ -196,6 +197,27 @@ class Broker:
             consumer=server,
             retryable=True,
         )
+
+    async def _looked_at(self, name: str) -> None:
+        """Wait for the first look at a unit, or until it should have come: what is assumed of a
+        unit before that may be that it is loaded.
+        """
+        looked = asyncio.Event()
+
+        def observe(transition: Transition) -> None:
+            believed = transition.state.consumers.get(name)
+            if believed is None or believed.last_probe is not None:
+                looked.set()
+
+        self.observers.append(observe)
+        try:
+            # A look that was under way did not include it.
+            async with asyncio.timeout(2 * self.settings.probe.timeout_s):
+                await looked.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.observers.remove(observe)
 
     async def _take_over(self, settings: Settings) -> None:
         config = core_config(settings)
@@ -348,12 +370,14 @@ class Broker:
         for note in transition.notes:
             if note.type not in ROUTINE:
                 _decisions.info("%s", _line(note))
+        others = self.state.consumers.keys() != before.consumers.keys()
+        if others:  # the effects may be to probe the new ones
+            self._watch.follow(self.state.consumers)
         for effect in transition.effects:
             self._executor.carry_out(effect)
         if isinstance(event, Cancel):
             self._executor.cancel(event.request)
-        if self.state.consumers.keys() != before.consumers.keys():
-            self._watch.follow(self.state.consumers)
+        if others:
             self._executor.forget_all_but(self.state.consumers)
         for observe in self.observers:
             observe(transition)

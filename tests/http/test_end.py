@@ -87,6 +87,17 @@ async def test_sighup_takes_a_good_configuration_over_and_reports_a_bad_one(
         assert await broker.exit_code() == 0
 
 
+async def test_who_comes_by_a_reload_is_looked_at_at_once(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    content = config(upstream, probe={"interval_s": 60, "timeout_s": 2})
+    async with facade(tmp_path, content) as broker:
+        content["consumers"]["another"] = {**content["consumers"]["worker"], "paths": {}}
+        write_config(tmp_path, content)
+        assert (await broker.ask("POST", "/v1/reload")).status == 200
+        await broker.until("seen", lambda s: s["consumers"]["another"]["healthy"])
+
+
 async def test_reload_over_http_reports_all_errors_and_the_old_one_goes_on(
     tmp_path: Path, upstream: Upstream
 ) -> None:

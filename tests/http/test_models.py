@@ -139,6 +139,25 @@ async def test_a_model_that_nobody_named_is_met_and_measured(host):
             assert (await broker.ask("POST", "/v1/llm", body=asks(wrong))).status == 400
 
 
+async def test_a_model_that_nobody_named_is_not_taken_for_loaded(tmp_path):
+    """With a load and an unload of its own it is, until somebody looked; and work would get a 400.
+
+    That somebody looks does not wait for the next round.
+    """
+    with gpu_host(tmp_path, total_mib=16_000) as host:
+        host.start_router("router", mib=MIB)
+        models = {"small": {"vram_resident_mib": 4_000}, "*": {"vram_resident_mib": 7_000}}
+        rounds = {"interval_s": 60, "timeout_s": 5}
+        told = consumers(models, **OWN_LOADS)
+        with host.serve(consumers=told, routing=ROUTING, probe=rounds) as broker:
+            await ready(broker)
+            for model in ("small", "middle"):
+                answer = await broker.ask("POST", "/v1/llm", body=asks(model))
+                assert answer.status == 200, answer.body
+            status = await at_rest(broker)
+        assert counts(status) == (0, 2)
+
+
 async def test_one_model_is_steered_by_its_name(host):
     with host.serve(consumers=consumers(), routing=ROUTING) as broker:
         await ready(broker)

@@ -52,65 +52,97 @@ class Habits:
 
 
 class Card:
-    """One card: the file that the sampler `simulated` reads, changed by many processes."""
+    """A card, or several of which as much is taken on each: a view of the file that the sampler
+    `simulated` reads, changed by many processes.
+    """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, gpus: tuple[int, ...] = (0,)) -> None:
         self.path = directory / "card.json"
+        self._gpus = gpus
 
-    def create(self, total_mib: int) -> None:
-        self._write({"total_mib": total_mib, "held": {}, "pids": {}})
+    def create(self, *total_mib: int) -> None:
+        """Make the file, with all cards of the host."""
+        cards = [{"total_mib": each, "held": {}, "pids": {}} for each in total_mib]
+        self._write({"cards": cards, "refused": []})
 
     def take(self, name: str, mib: int) -> bool:
         """Hold so much for a name, once, in this process; False: there is not enough, and nothing
         is taken.
         """
-        with self._changing() as card:
-            held = {**card["held"], name: mib}
-            enough: bool = sum(held.values()) <= card["total_mib"]
-            if enough:
-                card["held"] = held
-                card["pids"][name] = os.getpid()
+        with self._changing() as host:
+            mine = [host["cards"][gpu] for gpu in self._gpus]
+            enough = all(_free_mib(card, beside=name) >= mib for card in mine)
+            for card in mine if enough else ():
+                card["held"][name], card["pids"][name] = mib, os.getpid()
+            if not enough:
+                host["refused"].append(name)
         return enough
 
     def give_back(self, name: str) -> None:
-        with self._changing() as card:
-            card["held"].pop(name, None)
+        with self._changing() as host:
+            for gpu in self._gpus:
+                host["cards"][gpu]["held"].pop(name, None)
 
     def fail(self, code: str | None) -> None:
         """From now on every reading fails with this code; None: no more."""
-        with self._changing() as card:
-            card.pop("error", None)
+        with self._changing() as host:
+            host.pop("error", None)
             if code is not None:
-                card["error"] = code
+                host["error"] = code
 
     @property
     def held_mib(self) -> dict[str, int]:
-        held: dict[str, int] = json.loads(self.path.read_text())["held"]
+        """By name; of the first one, where it is several."""
+        held: dict[str, int] = self._read()["cards"][self._gpus[0]]["held"]
         return held
+
+    @property
+    def free_mib(self) -> int:
+        cards = self._read()["cards"]
+        return min(_free_mib(cards[gpu]) for gpu in self._gpus)
+
+    @property
+    def refused(self) -> list[str]:
+        """Who found too little memory, each time, on all cards of the host."""
+        refused: list[str] = self._read()["refused"]
+        return refused
+
+    def _read(self) -> Any:
+        return json.loads(self.path.read_text())
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:
         with self.path.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            card = json.loads(self.path.read_text())
-            yield card
-            self._write(card)
+            host = self._read()
+            yield host
+            self._write(host)
 
-    def _write(self, card: dict[str, Any]) -> None:
-        used_mib = sum(card["held"].values())
-        reading = {
-            "index": 0,
-            "total_mib": card["total_mib"],
-            "used_mib": used_mib,
-            "free_mib": card["total_mib"] - used_mib,
-        }
-        new = self.path.with_suffix(".new")
+    def _write(self, host: dict[str, Any]) -> None:
+        cards = list(enumerate(host["cards"]))
+        readings = [
+            {
+                "index": index,
+                "total_mib": card["total_mib"],
+                "used_mib": card["total_mib"] - _free_mib(card),
+                "free_mib": _free_mib(card),
+            }
+            for index, card in cards
+        ]
         processes = [
-            {"index": 0, "pid": card["pids"][name], "mib": mib}
+            {"index": index, "pid": card["pids"][name], "mib": mib}
+            for index, card in cards
             for name, mib in card["held"].items()
         ]
-        new.write_text(json.dumps({**card, "gpus": [reading], "processes": processes}))
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps({**host, "gpus": readings, "processes": processes}))
         new.replace(self.path)
+
+
+def _free_mib(card: dict[str, Any], beside: str = "") -> int:
+    held: dict[str, int] = card["held"]
+    total_mib: int = card["total_mib"]
+    return total_mib - sum(mib for name, mib in held.items() if name != beside)
 
 
 def journal(directory: Path) -> Path:

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,17 @@ class StandIn:
     residue_mib = 0
 
     def __init__(
-        self, card: Card, mib: int = 6_000, *, loaded: bool = False, calls: list[str] | None = None
+        self,
+        card: Card,
+        mib: int = 6_000,
+        *,
+        loaded: bool = False,
+        residue_mib: int | None = None,
+        calls: list[str] | None = None,
     ) -> None:
         self.card, self.mib = card, mib
+        if residue_mib is not None:
+            self.residue_mib = residue_mib
         self.calls: list[str] = calls if calls is not None else []
         self.url = ""
         self.working = 0
@@ -107,7 +115,7 @@ class StandIn:
 
     # ------------------------------------------------------------------------------ its server
 
-    async def listen(self, port: int = 0) -> None:
+    async def listen(self, port: int = 0, more: Sequence[web.RouteDef] = ()) -> None:
         @web.middleware
         async def recorded(request: web.Request, handler: Any) -> web.StreamResponse:
             if request.method != "GET":
@@ -119,7 +127,7 @@ class StandIn:
             return answer
 
         application = web.Application(middlewares=[recorded], client_max_size=64 << 20)
-        application.add_routes(self.routes())
+        application.add_routes([*self.routes(), *more])
         self._runner = web.AppRunner(
             application, handler_cancellation=self.ends_with_client, shutdown_timeout=0
         )

@@ -1,12 +1,21 @@
 """mvoice, by the routes that hosts with it declare: nothing else is known of it."""
 
+from typing import Any
+
 from aiohttp import web
 
+from tests.support.gpu_service import Card
 from tests.support.stand_ins.base import StandIn
 
 
 class Mvoice(StandIn):
+    """`load_mib` is what it holds while it loads, where that is more."""
+
     name = "mvoice"
+
+    def __init__(self, card: Card, mib: int = 6_000, *, load_mib: int = 0, **more: Any) -> None:
+        super().__init__(card, mib, **more)
+        self.load_mib = max(mib, load_mib)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -15,6 +24,7 @@ class Mvoice(StandIn):
             web.post("/stt", self.hear),
             web.post("/load", self.load),
             web.post("/unload", self.unload),
+            web.get("/audio/{name}", self.sound),
         ]
 
     async def health(self, _request: web.Request) -> web.Response:
@@ -23,6 +33,9 @@ class Mvoice(StandIn):
     async def speak(self, request: web.Request) -> web.StreamResponse:
         sound = web.Response(body=b"RIFF", content_type="audio/wav")
         return await self._work(request, sound)
+
+    async def sound(self, request: web.Request) -> web.Response:
+        return web.Response(text=f"sound of {request.match_info['name']}")
 
     async def hear(self, request: web.Request) -> web.StreamResponse:
         return await self._work(request, web.json_response({"text": "Hello."}))
@@ -33,7 +46,7 @@ class Mvoice(StandIn):
         return await self.answer_work(request, answer)
 
     async def load(self, _request: web.Request) -> web.Response:
-        enough = self.loaded or self.take()
+        enough = self.loaded or (self.take(mib=self.load_mib) and self.take())
         return web.Response(status=200 if enough else 500)
 
     async def unload(self, _request: web.Request) -> web.Response:

@@ -14,6 +14,9 @@ from tests.support.stand_ins.base import StandIn, json_of
 
 CONTEXT_MIB = 600
 UNLOADS_S = 0.05
+MESSAGE = {"role": "assistant", "content": "Hello."}
+SAID = {"response": "Hello.", "message": MESSAGE, "choices": [{"index": 0, "message": MESSAGE}]}
+CHAT_KEYS = {"/api/chat": "message", "/v1/chat/completions": "choices"}
 
 
 class Ollama(StandIn):
@@ -34,6 +37,8 @@ class Ollama(StandIn):
             web.get("/api/ps", self.ps),
             web.post("/api/generate", self.generate),
             web.post("/api/chat", self.chat),
+            web.post("/v1/chat/completions", self.chat),
+            web.get("/v1/models", self.listed),
         ]
 
     async def root(self, _request: web.Request) -> web.Response:
@@ -46,6 +51,10 @@ class Ollama(StandIn):
         return web.json_response(
             {"models": [{"name": each, "model": each} for each in self.models]}
         )
+
+    async def listed(self, _request: web.Request) -> web.Response:
+        rows = [{"id": each, "object": "model", "owned_by": "library"} for each in self.models]
+        return web.json_response({"object": "list", "data": rows})
 
     async def ps(self, _request: web.Request) -> web.Response:
         rows = [
@@ -79,19 +88,14 @@ class Ollama(StandIn):
         model = body.get("model", "")
         if model not in self.models:
             return self._no_model(model)
-        return await self._served(request, model, "message")
+        return await self._served(request, model, CHAT_KEYS[request.path])
 
     async def _served(self, request: web.Request, model: str, key: str) -> web.StreamResponse:
         self._load(model)
         self.busy[model] += 1
         try:
-            said = {"response": "Hello."} if key == "response" else {}
-            said |= (
-                {"message": {"role": "assistant", "content": "Hello."}} if key != "response" else {}
-            )
-            return await self.answer_work(
-                request, web.json_response({**self._done(model, "stop"), **said})
-            )
+            answer = {**self._done(model, "stop"), key: SAID[key]}
+            return await self.answer_work(request, web.json_response(answer))
         finally:
             self.busy[model] -= 1
             if model in self.going and not self.busy[model]:
@@ -99,9 +103,15 @@ class Ollama(StandIn):
 
     def _load(self, model: str) -> None:
         if model not in self.sizes_mib:
-            fits = self.take(f"/{model}", self.models[model])
+            mib = self.models[model]
+            fits = self.card.free_mib >= mib and self.take(f"/{model}", mib)
             self.sizes_mib[model] = self.models[model] - CONTEXT_MIB if fits else 0
         self.going.discard(model)
+
+    def keep_alive_ends(self) -> None:
+        """Whatever is loaded goes by itself."""
+        for model in tuple(self.sizes_mib):
+            self._expire(model)
 
     def _expire(self, model: str) -> None:
         if self.busy[model]:

@@ -25,6 +25,7 @@ def carried_over(last: State, config: Config, at: int) -> State:
     """
     fresh = initial_state(in_order(config))
     back = max(0, last.at - at)
+    at_work = _at_work(last)
     return evolve(
         fresh,
         at=last.at - back,
@@ -34,12 +35,23 @@ def carried_over(last: State, config: Config, at: int) -> State:
         age=last.age,
         counters=last.counters,
         consumers={
-            name: last.consumers[name].over_a_restart(state, back)
+            name: _begun(last.consumers[name], state, at if name in at_work else None, back)
             if name in last.consumers
             else state
             for name, state in fresh.consumers.items()
         },
     )
+
+
+def _at_work(last: Draft | State) -> set[str]:
+    """Name those whose work may go on: nobody at a service knows that the broker was away."""
+    return {name for name in last.consumers if name in last.serving or is_busy(last, name)}
+
+
+def _begun(
+    last: ConsumerState, fresh: ConsumerState, busy_seen: int | None, back: int = 0
+) -> ConsumerState:
+    return evolve(last.over_a_restart(fresh, back), busy_seen=busy_seen)
 
 
 def on_started(d: Draft, event: Started) -> None:
@@ -51,8 +63,7 @@ def on_started(d: Draft, event: Started) -> None:
         del d.consumers[name]
     d.configure(_without(d.config, d.retired))
     d.retired = ()
-    # What the last run had begun may go on at its service: nobody there knows that we were away.
-    at_work = {name for name in d.consumers if name in d.serving or is_busy(d, name)}
+    at_work = _at_work(d)
     for held in (
         d.requests,
         d.queue,
@@ -69,8 +80,7 @@ def on_started(d: Draft, event: Started) -> None:
         held.clear()
     for name, state in d.consumers.items():
         fresh = evolve(first_belief(d.consumer(name)), idle_since=d.at)
-        busy_seen = d.at if name in at_work else None
-        d.put_consumer(name, evolve(state.over_a_restart(fresh), busy_seen=busy_seen))
+        d.put_consumer(name, _begun(state, fresh, d.at if name in at_work else None))
     d.sample_error = None
     d.last_work = d.at
     d.restore_due = False

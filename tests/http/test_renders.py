@@ -83,8 +83,8 @@ async def rack(at: Host) -> AsyncIterator[tuple[dict[str, Any], ComfyUI, Chat]]:
     async with comfyui(card=at.card) as service, serving(chat.answer) as url:
         content = {
             "listen": "127.0.0.1:0",
-            "gpu": {"sampler": "simulated", "poll_interval_s": 0.05, "max_parallel": None},
-            "probe": {"interval_s": 0.3},
+            "gpu": {"sampler": "simulated", "poll_interval_s": 0.2, "max_parallel": None},
+            "probe": {"interval_s": 0.5},
             "routing": {"image": "image", "llm": "chat"},
             "consumers": {
                 "image": service.settings(),

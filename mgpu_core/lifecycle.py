@@ -6,7 +6,6 @@ from mgpu_core.config import Config, Consumer, in_order
 from mgpu_core.draft import Draft
 from mgpu_core.effects import Probe
 from mgpu_core.events import Drain, Reconfigured, Resume, Shutdown, Started
-from mgpu_core.memory import is_busy
 from mgpu_core.state import (
     ConsumerState,
     Phase,
@@ -25,17 +24,18 @@ def carried_over(last: State, config: Config, at: int) -> State:
     """
     fresh = initial_state(in_order(config))
     back = max(0, last.at - at)
+    began = last.at - back
     at_work = _at_work(last)
     return evolve(
         fresh,
-        at=last.at - back,
+        at=began,
         run=last.run,
         epoch=last.epoch,
         arrivals=last.arrivals,
         age=last.age,
         counters=last.counters,
         consumers={
-            name: _begun(last.consumers[name], state, at if name in at_work else None, back)
+            name: _begun(last.consumers[name], state, began if name in at_work else None, back)
             if name in last.consumers
             else state
             for name, state in fresh.consumers.items()
@@ -45,7 +45,12 @@ def carried_over(last: State, config: Config, at: int) -> State:
 
 def _at_work(last: Draft | State) -> set[str]:
     """Name those whose work may go on: nobody at a service knows that the broker was away."""
-    return {name for name in last.consumers if name in last.serving or is_busy(last, name)}
+    return {
+        name
+        for name, state in last.consumers.items()
+        if name in last.serving
+        or (state.busy_seen is not None and state.busy_seen > state.last_done)
+    }
 
 
 def _begun(

@@ -12,7 +12,7 @@ from mgpu_core.config import Consumer
 from mgpu_core.draft import Draft
 from mgpu_core.ordering import Believed, is_pinned
 from mgpu_core.planners import Holder, View
-from mgpu_core.state import Card, ConsumerState, Promise, Residency, Source, State
+from mgpu_core.state import Card, ConsumerState, Promise, Residency, Source
 
 # A sample is good for so many poll intervals.
 GOOD_INTERVALS = 3
@@ -219,7 +219,7 @@ def can_never_fit(s: Believed, name: str) -> str | None:
 # ---------------------------------------------------------------------------- what a planner sees
 
 
-def is_busy(d: Draft | State, name: str) -> bool:
+def is_busy(d: Draft, name: str) -> bool:
     """It works for somebody past the broker, by a probe taken after its last work for us."""
     state = d.consumers[name]
     return (

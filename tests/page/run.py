@@ -145,7 +145,7 @@ async def reloaded_in_mid_job(stage: Stage) -> str:
     await stage.tab.until_says("0 active")
     await stage.open_queue()
     check(list(stage.service.sockets) == [client], "the service does not know its socket")
-    return "it is the same client, has its progress again, and sees the end"
+    return "it is the same client, shows its job again, and sees the end"
 
 
 async def it_waits_for_its_turn(stage: Stage) -> str:
@@ -283,9 +283,11 @@ async def the_end(stage: Stage) -> str:
         for line in path.read_text().splitlines()
     ]
     events = [json.loads(line).get("event", {}) for line in lines]
-    wanted = {"type": "Request", "consumer": NAME}
-    found = sum(wanted.items() <= event.items() for event in events)
+    asked = {each["request"]: each for each in events if each.get("type") == "Request"}
+    found = sum(each["consumer"] == NAME for each in asked.values())
     check(found == stage.submitted, f"{found} requests in the log, {stage.submitted} were made")
+    left = {each["request"] for each in events if each.get("type") == "Cancel"}
+    check(left <= set(asked), f"events of what took no turn: {left - set(asked)}")
     stage.tabs.append(await stage.open(stage.front))
     stage.broker.signal(signal.SIGTERM)
     code = await stage.broker.exit_code()

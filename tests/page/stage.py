@@ -58,8 +58,8 @@ def posts(tab: Tab) -> list[Asked]:
 
 
 def has_all(tab: Tab) -> bool:
-    """Whether it has its socket, has asked for all that it needs, and got it."""
-    asked = list(tab.asked.values())
+    """Whether it has its socket, has asked the service all that it wants to know, and knows it."""
+    asked = [each for each in tab.asked.values() if "/api/" in each.line]
     last = any(LAST in each.line for each in asked)
     return last and "answered 101" in tab.sockets and all(each.over for each in asked)
 

@@ -145,7 +145,9 @@ class Stage:
 
     async def _request(self, asked: Asked) -> dict[str, Any]:
         target = f"/v1/requests/{asked.headers['x-mgpu-request']}"
-        row: dict[str, Any] = (await self.broker.ask("GET", target)).json()
+        answer = await self.broker.ask("GET", target)
+        check(answer.status == 200, f"{asked.line} was no work: {target} is unknown")
+        row: dict[str, Any] = answer.json()
         return row
 
     async def llm_at_work(self) -> asyncio.Task[int]:

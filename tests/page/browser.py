@@ -59,6 +59,7 @@ class Asked:
 
     method: str
     url: str
+    document: str  # of which opening of the page it is a part
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)  # of the answer, names in small letters
     error: str | None = None
@@ -88,6 +89,7 @@ class Tab:
     browser: "Browser"
     session: str
     target: str
+    document: str = ""  # the one that is open: each opening of a page is another
     asked: dict[str, Asked] = field(default_factory=dict)
     sockets: list[str] = field(default_factory=list)  # what became of its WebSockets
     complaints: list[str] = field(default_factory=list)  # errors on its console
@@ -136,10 +138,22 @@ class Tab:
         picture: bytes = base64.b64decode(answer["data"])
         return picture
 
-    def forget(self) -> None:
-        """From here on what it asks and says is counted anew."""
-        for known in (self.asked, self.sockets, self.complaints):
-            known.clear()
+    async def reload(self) -> None:
+        """Open the page anew; what it asked and said before is forgotten."""
+        loaded = self.document
+        await self.call("Page.reload")
+        deadline = time.monotonic() + LIMIT_S
+        while self.document == loaded:
+            if time.monotonic() > deadline:
+                raise BrowserError(f"not within {LIMIT_S} s: the page is loaded anew")
+            await asyncio.sleep(0.05)
+
+    def _opened(self, document: str) -> None:
+        """Let go of what the document before this one was about: nobody tells how that ended."""
+        self.document = document
+        self.asked = {key: each for key, each in self.asked.items() if each.document == document}
+        self.sockets.clear()
+        self.complaints.clear()
 
     async def close(self) -> None:
         await self.browser.call("Target.closeTarget", targetId=self.target)
@@ -149,7 +163,8 @@ class Tab:
             # What has another scheme is the page's own: blob:, data:.
             case "Network.requestWillBeSent" if told["request"]["url"].startswith("http"):
                 request = told["request"]
-                self.asked[told["requestId"]] = Asked(request["method"], request["url"])
+                asked = Asked(request["method"], request["url"], told["loaderId"])
+                self.asked[told["requestId"]] = asked
             case "Network.responseReceived" if told["requestId"] in self.asked:
                 asked, answer = self.asked[told["requestId"]], told["response"]
                 asked.status = answer["status"]
@@ -165,6 +180,8 @@ class Tab:
                 self.sockets.append(f"answered {told['response']['status']}")
             case "Network.webSocketClosed":
                 self.sockets.append("closed")
+            case "Page.frameNavigated" if "parentId" not in told["frame"]:
+                self._opened(told["frame"]["loaderId"])
             case "Page.javascriptDialogOpening":  # "leave this page?"
                 self.browser.meanwhile(self.call("Page.handleJavaScriptDialog", accept=True))
             case "Runtime.exceptionThrown":

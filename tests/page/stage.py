@@ -57,11 +57,13 @@ def posts(tab: Tab) -> list[Asked]:
     return [asked for asked in tab.asked.values() if asked.line.startswith(POST)]
 
 
-def has_all(tab: Tab) -> bool:
-    """Whether it has its socket, has asked the service all that it wants to know, and knows it."""
+def lacks(tab: Tab) -> list[str]:
+    """Name what it has not yet: its socket, or what it wants to know from the service."""
     asked = [each for each in tab.asked.values() if "/api/" in each.line]
-    last = any(LAST in each.line for each in asked)
-    return last and "answered 101" in tab.sockets and all(each.over for each in asked)
+    lacking = [each.line for each in asked if not each.over]
+    if not any(LAST in each.line for each in asked):
+        lacking.append(LAST)
+    return lacking if "answered 101" in tab.sockets else [*lacking, "its socket"]
 
 
 @dataclass
@@ -92,7 +94,10 @@ class Stage:
         await tab.until("the page is there", f"document.querySelector('{RUN}') !== null")
         nodes = f"window.app?.rootGraph?.nodes.length === {WORKFLOW_NODES}"
         await tab.until("the workflow is there", nodes)
-        await until("it has all that it asked for", lambda: has_all(tab))
+        try:
+            await until("it has all that it asked for", lambda: not lacks(tab))
+        except CheckError as error:
+            raise CheckError(f"{error}; it lacks {lacks(tab)}") from None
 
     async def open_queue(self) -> None:
         """Have the list of jobs stay open on the page."""

@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 MUTATION := $(VENV)/.mutation
+PAGE := $(VENV)/.page
 POLICIES := $(VENV)/policies
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz planted mutants run real bench policies picture examples deploy rollback try-deploy clean
+.PHONY: help demo test lint fuzz planted mutants run real page bench policies picture examples deploy rollback try-deploy clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +28,10 @@ $(READY): $(INSTALLED)
 $(MUTATION): $(READY)
 	$(PIP) --group mutation
 	touch $(MUTATION)
+
+$(PAGE): $(READY)
+	$(PIP) --group page
+	touch $(PAGE)
 
 demo: $(INSTALLED) ## the broker at work on a simulated card, then the same without it
 	$(BIN)/mgpu demo
@@ -54,6 +59,9 @@ run: $(INSTALLED) ## the broker in front of the services of config/consumers.yam
 
 real: $(READY) ## the broker in front of real services, on this machine's processor (first a C++ compiler's work)
 	$(BIN)/python tests/real/run.py
+
+page: $(PAGE) ## ComfyUI's own page in a headless Chromium, through the broker (Debian: chromium)
+	$(BIN)/python -m tests.page.run $(if $(PICTURE),--picture "$(PICTURE)")
 
 # HOST, SSH, PREFIX, CONFIG and PYTHON, given on the command line, are in the script's environment.
 deploy: ## the commit that is checked out, on HOST=[USER@]NAME: built, checked, started, or undone

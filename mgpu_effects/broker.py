@@ -257,7 +257,9 @@ class Broker:
         job = self._executor.get(request)
         if job is not None and not job.done.is_set():
             job.gone.set()
-            self.post(lambda at: Cancel(at=at, request=request))
+            # One that is relayed, or refused already, is none of the scheduler's.
+            if job.granted is not None or not job.decided:
+                self.post(lambda at: Cancel(at=at, request=request))
 
     def cancel(self, request: str) -> bool:
         """An operator ends the request, its client gets `cancelled`; False: there is none.

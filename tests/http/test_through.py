@@ -11,6 +11,7 @@ import pytest
 from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError, web
 
 from mgpu_http.auth import hash_key
+from tests.support.brokers import logged
 from tests.support.dev_http import free_port, serving
 from tests.support.facade import Facade, config, facade, serve_process, write_config
 
@@ -233,6 +234,9 @@ async def test_a_client_that_leaves_ends_it_at_the_service(tmp_path: Path) -> No
         await socket.close()
         async with asyncio.timeout(5):
             await service.ended.wait()
+    # What took no turn is nothing that the scheduler hears of, its end included.
+    assert logged(tmp_path / "log", "Started")
+    assert not logged(tmp_path / "log", "Cancel")
 
 
 async def test_a_refusal_of_the_service_is_its_own(tmp_path: Path) -> None:

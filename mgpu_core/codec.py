@@ -76,7 +76,8 @@ def encode_note(note: Note) -> dict[str, Json]:
     if note.consumer is not None:
         encoded["consumer"] = note.consumer
     for key, value in note.details.items():
-        encoded[key] = value if type(value) in _PLAIN else _encode(value)
+        kind = type(value)
+        encoded[key] = value if kind in _PLAIN else _FLAT.get(kind, _encode)(value)
     return encoded
 
 
@@ -137,6 +138,8 @@ def _encode(value: object) -> Json:
 
 
 _PLAIN = frozenset({str, int, bool, types.NoneType})
+# The details of a note are plain, or hold what is plain: no look at each item is needed.
+_FLAT: Mapping[Any, Callable[[Any], Json]] = {tuple: list, dict: dict}
 
 
 @cache

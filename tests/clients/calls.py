@@ -192,9 +192,8 @@ async def read_async(result: Any, on_item: OnItem) -> Any:
     if hasattr(result, "__aiter__"):
         return [_taken(item, on_item) async for item in result]
     if hasattr(result, "stream_to_file"):
-        with tempfile.TemporaryDirectory() as directory:
-            await result.stream_to_file(f"{directory}/it")
-            return await asyncio.to_thread(Path(directory, "it").read_bytes)
+        # Cancelled in the wrong moment, the library would forget the file that it opens.
+        return b"".join([piece async for piece in result.iter_bytes()])
     if hasattr(result, "__aenter__"):
         async with result as entered:
             return await read_async(entered, on_item)

@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from tests.clients.behind import WAYS, Behind, behind
 from tests.clients.calls import CALLS, CHAT, MODEL, outcome
-from tests.support.apis import OLLAMA_MODEL, heard
+from tests.support.apis import OLLAMA_MODEL, heard, spoken
 
 EACH = [(library, name) for library, calls in CALLS.items() for name in calls]
 pytestmark = [
@@ -81,3 +81,10 @@ async def test_a_model_by_another_name_reaches_the_service_by_its_own(tmp_path: 
         assert form["file"] == sound[1]
         assert (form["model"], form["prompt"]) == (MODEL, "p")
         assert asked == CHAT
+
+
+async def test_a_sound_goes_into_a_file(here: Behind, tmp_path: Path) -> None:
+    speech = here.client("openai", "model").audio.speech.with_streaming_response
+    async with speech.create(model=MODEL, voice="alloy", input="a longer text") as answer:
+        await answer.stream_to_file(tmp_path / "it.wav")
+    assert (tmp_path / "it.wav").read_bytes() == spoken("a longer text")

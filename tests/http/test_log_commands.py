@@ -192,6 +192,7 @@ def test_show_follows_a_log_that_grows(tmp_path: Path) -> None:
         [sys.executable, "-m", "mgpu_http.cli", *f"log show {path.parent} --follow --json".split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        bufsize=0,  # what a buffer here has taken already, `select` would not see
     )
     try:
         assert process.stdout is not None

@@ -94,7 +94,7 @@ CHANGES: dict[str, Change] = {
     "P11": epochs_of_the_process,
     "P12": patched(
         "mgpu_core.state.ConsumerState.over_a_restart",
-        lambda old, fresh: evolve(fresh, residency=old.residency, operation=old.operation),
+        lambda old, fresh, back=0: evolve(fresh, residency=old.residency, operation=old.operation),
     ),
     "P13": patched("mgpu_core.scheduler.in_order", lambda config: config),
     "P14": patched("mgpu_core.walk._no_overlap", no_loads_beside_work),

@@ -55,38 +55,36 @@ class CodecError(ValueError):
 
 def encode_event(event: Event) -> dict[str, Json]:
     """Give the event without its `at`, which stands beside it in a log line."""
-    encoded: dict[str, Json] = {"type": type(event).__name__}
-    cls: Any = type(event)
-    for name in _names(cls):
-        if name != "at":
-            item = getattr(event, name)
-            encoded[name] = item if type(item) in _PLAIN else _encode(item)
-    return stamp(encoded)
+    kind = type(event)
+    return stamp(_class_encoder(kind, kind.__name__)(event))
 
 
 def encode_effect(effect: Effect) -> dict[str, Json]:
-    return stamp({"type": type(effect).__name__, **_encode_fields(effect)})
+    kind = type(effect)
+    return stamp(_class_encoder(kind, kind.__name__)(effect))
 
 
 def encode_note(note: Note) -> dict[str, Json]:
-    """Give the note flat: its details stand beside its type."""
+    """Give the note flat: its details stand beside its type, tuples among them as they are.
+
+    A moment in which many begin to wait has dozens of notes, so no detail is looked at: each is
+    what JSON knows (`Detail`).
+    """
     encoded: dict[str, Json] = {"type": note.type}
     if note.request is not None:
         encoded["request"] = note.request
     if note.consumer is not None:
         encoded["consumer"] = note.consumer
-    for key, value in note.details.items():
-        kind = type(value)
-        encoded[key] = value if kind in _PLAIN else _FLAT.get(kind, _encode)(value)
+    encoded.update(note.details)
     return encoded
 
 
 def encode_config(config: Config) -> dict[str, Json]:
-    return _encode_fields(config)
+    return _class_encoder(Config)(config)
 
 
 def encode_state(state: State) -> dict[str, Json]:
-    return _encode_fields(state)
+    return _class_encoder(State)(state)
 
 
 def decode_event(data: Mapping[str, Json], at: int) -> Event:
@@ -118,28 +116,12 @@ def decode_state(data: Mapping[str, Json]) -> State:
 # ------------------------------------------------------------------------------------ encoding
 
 
-@cache
-def _names(cls: Any) -> tuple[str, ...]:
-    return tuple(attribute.name for attribute in fields(cls) if attribute.init)
-
-
-def _encode_fields(value: object) -> dict[str, Json]:
-    encoded: dict[str, Json] = {}
-    kind: Any = type(value)
-    for name in _names(kind):
-        item = getattr(value, name)
-        encoded[name] = item if type(item) in _PLAIN else _encode(item)
-    return encoded
+_PLAIN = frozenset({str, int, bool, types.NoneType})
 
 
 def _encode(value: object) -> Json:
     kind: Any = type(value)
     return value if kind in _PLAIN else _encoder(kind)(value)
-
-
-_PLAIN = frozenset({str, int, bool, types.NoneType})
-# The details of a note are plain, or hold what is plain: no look at each item is needed.
-_FLAT: Mapping[Any, Callable[[Any], Json]] = {tuple: list, dict: dict}
 
 
 @cache
@@ -151,7 +133,35 @@ def _encoder(kind: Any) -> Callable[[Any], Json]:
         return lambda value: [item if type(item) in _PLAIN else _encode(item) for item in value]
     if issubclass(kind, Mapping):
         return lambda value: {str(key): _encode(item) for key, item in value.items()}
-    return _encode_fields
+    return _class_encoder(kind)
+
+
+@cache
+def _class_encoder(cls: Any, tag: str | None = None) -> Callable[[Any], dict[str, Json]]:
+    """Make the function that encodes the fields of a class; with a tag: as its type, without `at`."""
+    hints = get_type_hints(cls)
+    given = [attribute.name for attribute in fields(cls) if attribute.init]
+    names = [name for name in given if tag is None or name != "at"]
+    odd = [name for name in names if not _is_plain(hints[name])]
+
+    def encode(value: Any) -> dict[str, Json]:
+        encoded: dict[str, Json] = {} if tag is None else {"type": tag}
+        for name in names:
+            encoded[name] = getattr(value, name)
+        for name in odd:
+            encoded[name] = _encode(encoded[name])
+        return encoded
+
+    return encode
+
+
+def _is_plain(hint: Any) -> bool:
+    """Say whether JSON has all values of this type as they are."""
+    if get_origin(hint) in {Union, types.UnionType}:
+        return all(_is_plain(one) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return all(type(one) in _PLAIN for one in get_args(hint))
+    return hint in _PLAIN
 
 
 def _frozen(value: Json) -> Json:

@@ -36,8 +36,10 @@ def format_now() -> int:
 
 def stamp(encoded: dict[str, Any]) -> dict[str, Any]:
     """Add the version to an event or effect that is to be written, where it has one."""
-    version = shape_version(encoded["type"])
-    return encoded if version == 1 else {"type": encoded["type"], "version": version, **encoded}
+    name = encoded["type"]
+    if name not in SHAPES:
+        return encoded
+    return {"type": name, "version": shape_version(name), **encoded}
 
 
 def shape(data: Json) -> Json:

@@ -462,7 +462,12 @@ class Waits:
 
 
 def _reason_of(note: Json, *, promoted: bool) -> dict[str, Any]:
-    rest = {k: v for k, v in note.items() if k not in {"type", "request", "consumer", "why"}}
+    """Make the reason of a wait from its note: a log's, or a running broker's, which has tuples."""
+    rest = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in note.items()
+        if key not in {"type", "request", "consumer", "why"}
+    }
     return {"type": note["why"], **rest, "promoted": promoted}
 
 

@@ -388,7 +388,12 @@ class Broker:
 
 def _line(note: Note) -> str:
     encoded = encode_note(note)
-    return " ".join([encoded.pop("type"), *(f"{key}={value}" for key, value in encoded.items())])
+    kind = encoded.pop("type")
+    texts = (
+        f"{key}={','.join(value) if isinstance(value, tuple) else value}"
+        for key, value in encoded.items()
+    )
+    return " ".join([kind, *texts])
 
 
 def _out_of_order() -> BrokerError:

@@ -17,7 +17,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NamedTuple, TypeAlias
 
@@ -161,21 +161,18 @@ def encode_gap(first: int, last: int) -> bytes:
 
 
 def _line(members: Json) -> bytes:
-    document = _document(members)
-    return b'%b,"crc":"%08x"}\n' % (document[:-1], zlib.crc32(document))
-
-
-def _document(members: Json) -> bytes:
     """Encode it as `json` does, which takes several times as long for what many notes explain.
 
     Only what is not printable ASCII, and whole numbers of more than 64 bits, orjson writes
     otherwise or not at all.
     """
-    with suppress(orjson.JSONEncodeError):
+    try:
         document = orjson.dumps(members)
-        if document.isascii() and b"\x7f" not in document:
-            return document
-    return _encode(members).encode("ascii")
+    except orjson.JSONEncodeError:
+        document = b""
+    if not document.isascii() or b"\x7f" in document or not document:
+        document = _encode(members).encode("ascii")
+    return b'%b,"crc":"%08x"}\n' % (document[:-1], zlib.crc32(document))
 
 
 # --------------------------------------------------------------------------------------- reading

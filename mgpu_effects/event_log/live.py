@@ -47,7 +47,7 @@ class Live:
         self.closed = False
         self.kept_events = KEPT_EVENTS
         self.kept_bytes = KEPT_BYTES
-        self._lines: deque[Line] = deque()
+        self._lines: deque[bytes] = deque()  # of events that follow each other, up to `seq`
         self._bytes = 0
         self._listeners: set[asyncio.Event] = set()
 
@@ -55,12 +55,14 @@ class Live:
         self.seq = first_seq - 1
 
     def add(self, seq: int, text: bytes) -> None:
-        self._lines.append(Line(self.run, seq, text))
+        lines = self._lines
+        lines.append(text)
         self._bytes += len(text)
         self.seq = seq
-        while len(self._lines) > self.kept_events or self._bytes > self.kept_bytes:
-            self._bytes -= len(self._lines.popleft().text)
-        self._wake()
+        while len(lines) > self.kept_events or self._bytes > self.kept_bytes:
+            self._bytes -= len(lines.popleft())
+        if self._listeners:
+            self._wake()
 
     def close(self) -> None:
         """No more comes: listeners end when they have what there is."""
@@ -72,7 +74,9 @@ class Live:
         missing = self.seq - seq
         if missing > len(self._lines):
             return None
-        return [self._lines[-back] for back in range(missing, 0, -1)]
+        return [
+            Line(self.run, self.seq - back + 1, self._lines[-back]) for back in range(missing, 0, -1)
+        ]
 
     @property
     def first(self) -> int:

@@ -240,10 +240,10 @@ class _Segment:
         )
 
     def _write(self, data: bytes) -> None:
-        rest = memoryview(data)
         try:
-            while rest:
-                rest = rest[os.write(self.fd, rest) :]
+            written = os.write(self.fd, data)
+            while written < len(data):
+                written += os.write(self.fd, data[written:])
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.fd, self.size)

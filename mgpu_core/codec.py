@@ -28,7 +28,7 @@ from mgpu_core.effects import Effect
 from mgpu_core.events import Event
 from mgpu_core.notes import Note
 from mgpu_core.state import State
-from mgpu_core.upcast import UnknownVersionError, shape, stamp
+from mgpu_core.upcast import SHAPES, UnknownVersionError, shape, stamp
 
 Json: TypeAlias = Any
 T = TypeVar("T")
@@ -55,12 +55,12 @@ class CodecError(ValueError):
 
 def encode_event(event: Event) -> dict[str, Json]:
     """Give the event without its `at`, which stands beside it in a log line."""
-    kind = type(event)
+    kind: Any = type(event)
     return stamp(_class_encoder(kind, kind.__name__)(event))
 
 
 def encode_effect(effect: Effect) -> dict[str, Json]:
-    kind = type(effect)
+    kind: Any = type(effect)
     return stamp(_class_encoder(kind, kind.__name__)(effect))
 
 
@@ -138,7 +138,9 @@ def _encoder(kind: Any) -> Callable[[Any], Json]:
 
 @cache
 def _class_encoder(cls: Any, tag: str | None = None) -> Callable[[Any], dict[str, Json]]:
-    """Make the function that encodes the fields of a class; with a tag: as its type, without `at`."""
+    """Make the function that encodes the fields of a class; with a tag: after that as its type, and
+    without `at`.
+    """
     hints = get_type_hints(cls)
     given = [attribute.name for attribute in fields(cls) if attribute.init]
     names = [name for name in given if tag is None or name != "at"]
@@ -182,10 +184,12 @@ def _decode_tagged(
     if not isinstance(tag, str) or tag not in classes:
         known = ", ".join(sorted(classes))
         raise CodecError(f"{tag!r} is none of {known}", f"{where}.type")
-    try:
-        rest = {**shape(data), **more}
-    except UnknownVersionError as error:
-        raise CodecError(str(error), where) from error
+    if "version" in data or tag in SHAPES:
+        try:
+            data = shape(data)
+        except UnknownVersionError as error:
+            raise CodecError(str(error), where) from error
+    rest = {**data, **more}
     del rest["type"]
     return _decode_whole(classes[tag], rest, tag)
 
@@ -238,11 +242,13 @@ def _class_decoder(cls: Any) -> Decoder:
                 raise CodecError(f"unknown field {unknown[0]!r}")
             if missing := sorted(required - data.keys()):
                 raise CodecError(f"field {missing[0]!r} is missing")
-        decoded = data.copy()
+        decoded = data
         key = ""
         try:
             for key, value in data.items():
                 if type(value) not in plain[key]:
+                    if decoded is data:
+                        decoded = data.copy()
                     decoded[key] = decoders[key](value)
         except CodecError as error:
             raise error.within(f".{key}") from None

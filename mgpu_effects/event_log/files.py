@@ -9,8 +9,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from attrs import frozen
 
@@ -75,7 +76,8 @@ def open_log(path: Path) -> BinaryIO:
     try:
         with path.open("rb") as file:
             compressed = file.read(len(_GZIP)) == _GZIP
-        return cast("BinaryIO", gzip.open(path)) if compressed else path.open("rb")
+        # A buffer around it makes reading by lines several times as fast.
+        return BufferedReader(gzip.open(path)) if compressed else path.open("rb")
     except FileNotFoundError as error:
         raise GoneError(f"{path}: {error.strerror}") from error
     except OSError as error:

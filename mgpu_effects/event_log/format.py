@@ -14,7 +14,6 @@ without one.
 """
 
 import json
-import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,10 +31,9 @@ from mgpu_core.state import State
 
 Json: TypeAlias = Mapping[str, Any]
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, check_circular=False).encode
-_decode = json.JSONDecoder().decode
-_decode_part = json.JSONDecoder().raw_decode
-_EVENT = re.compile(r'\{"seq":(\d+),"at":(\d+),"event":')
-_EFFECTS, _NOTES = ',"effects":', ',"notes":'
+# Of whole numbers of more than 64 bits orjson makes floats.
+_AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_LARGE = b"0" * 19
 _CRC_BYTES = len(b',"crc":"9ae1f03b"}\n')
 _NOT_AS_WRITTEN = "its checksum is not that of its bytes"
 _HEADER = {"log", "format", "mgpu", "run", "config", "state"}
@@ -180,23 +178,32 @@ def _line(members: Json) -> bytes:
 
 def decode_line(line: bytes, place: Place) -> Segment | Record | Gap:
     """Read one line, with its LF. Raises BadLineError, and EventLogError for a newer format."""
+    record = decode_record(line)
+    if record is not None:
+        return record
     if not line.endswith(b"\n"):
         raise BadLineError("the line has no end")
     checked = is_whole(line)
-    try:
-        text = line.decode("ascii")
-        if checked and (record := _as_written(text)) is not None:
-            return record
-        data: Any = _decode(text) if checked or text.startswith('{"log"') else None
-    except ValueError as error:
-        raise BadLineError(f"it is no JSON: {error}" if checked else _NOT_AS_WRITTEN) from error
-    if isinstance(data, dict) and "log" in data:
-        return _decode_header(data, place, checked=checked)
-    if not checked:
+    if not checked and not line.startswith(b'{"log"'):
         raise BadLineError(_NOT_AS_WRITTEN)
     try:
-        if "gap" in data:
-            return Gap(first=data["first"], last=data["last"], recorded=True)
+        data = _parse(line)
+    except ValueError as error:
+        raise BadLineError(f"it is no JSON: {error}" if checked else _NOT_AS_WRITTEN) from error
+    match data:
+        case {"log": _}:
+            return _decode_header(data, place, checked=checked)
+        case {"gap": _, "first": first, "last": last} if checked:
+            return Gap(first=first, last=last, recorded=True)
+    raise BadLineError("it is neither a header nor an event of a log")
+
+
+def decode_record(line: bytes) -> Record | None:
+    """Read the line of an event; None: it is another one, or not as it was written."""
+    if not is_whole(line):
+        return None
+    try:
+        data = _parse(line)
         return Record(
             seq=data["seq"],
             at=data["at"],
@@ -204,60 +211,14 @@ def decode_line(line: bytes, place: Place) -> Segment | Record | Gap:
             effects=data["effects"],
             notes=data["notes"],
         )
-    except (KeyError, TypeError) as error:
-        raise BadLineError(f"it is no event of a log: {error} is missing") from error
-
-
-class _Unread(Sequence[Json]):
-    """The notes of a line, decoded when somebody looks at them: who replays a log does not."""
-
-    __slots__ = ("_items", "_text")
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._items: list[Json] | None = None
-
-    def _read(self) -> list[Json]:
-        if self._items is None:
-            self._items = _decode(self._text)
-        return self._items
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._read()[index]
-
-    def __len__(self) -> int:
-        return len(self._read())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and self._read() == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return repr(self._read())
-
-
-def _as_written(text: str) -> Record | None:
-    """Read the line of an event as `encode_line` writes it; None: it is another line, or was
-    written otherwise.
-    """
-    begin = _EVENT.match(text)
-    if begin is None:
+    except (ValueError, TypeError, KeyError):
         return None
-    event, end = _decode_part(text, begin.end())
-    if not text.startswith(_EFFECTS, end):
-        return None
-    effects, end = _decode_part(text, end + len(_EFFECTS))
-    if not text.startswith(_NOTES + "[", end):
-        return None
-    notes = text[end + len(_NOTES) : -_CRC_BYTES]
-    return Record(
-        seq=int(begin[1]),
-        at=int(begin[2]),
-        event=event,
-        effects=effects,
-        notes=_Unread(notes) if notes != "[]" else [],
-    )
+
+
+def _parse(line: bytes) -> Any:
+    if _LARGE in line.translate(_AS_ZEROS):
+        return json.loads(line)
+    return orjson.loads(line)
 
 
 def is_whole(line: bytes) -> bool:

@@ -74,8 +74,9 @@ class Live:
         missing = self.seq - seq
         if missing > len(self._lines):
             return None
+        kept = range(len(self._lines) - missing, len(self._lines))
         return [
-            Line(self.run, self.seq - back + 1, self._lines[-back]) for back in range(missing, 0, -1)
+            Line(self.run, first, self._lines[place]) for first, place in enumerate(kept, seq + 1)
         ]
 
     @property

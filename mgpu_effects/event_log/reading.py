@@ -16,6 +16,7 @@ import zlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -38,6 +39,7 @@ from mgpu_effects.event_log.format import (
     Skipped,
     Torn,
     decode_line,
+    decode_record,
 )
 
 Item: TypeAlias = Segment | Record | Gap | Torn | Skipped
@@ -110,7 +112,7 @@ def found_in(log: Path, pattern: re.Pattern[bytes]) -> Iterator[bytes]:
 def readable_lines(file: BinaryIO) -> Iterator[bytes]:
     """Give its lines, as far as it can be read; whoever decodes them will say what is wrong."""
     with contextlib.suppress(OSError, EOFError, zlib.error):
-        yield from iter(lambda: file.readline(LINE_LIMIT_BYTES), b"")
+        yield from _lines(file, None)
 
 
 def _last_lines(file: BinaryIO) -> "deque[bytes]":
@@ -199,22 +201,28 @@ class _Reader:
 
     def read(self, file: BinaryIO, name: str, follow: Follow | None = None) -> Iterator[Item]:
         damage: _Damage | None = None
-        place = Place(name, 0, 1)
+        offset = number = 0
         try:
-            for line in _lines(file, follow):
-                try:
-                    item = _decoded(line, place)
-                except BadLineError as error:
-                    damage = (damage or _Damage(place, str(error))).add(line)
+            for number, line in enumerate(_lines(file, follow), start=1):
+                record = decode_record(line) if number > 1 and damage is None else None
+                if record is not None and record.seq == self._next:
+                    self._in_order(record.seq)
+                    yield record
                 else:
-                    if damage is not None:
-                        yield self._skipped(damage)
-                        damage = None
-                    yield from self._seen(item, place)
-                place = Place(name, place.offset + len(line), place.line + 1)
+                    place = Place(name, offset, number)
+                    try:
+                        item = _decoded(line, place)
+                    except BadLineError as error:
+                        damage = (damage or _Damage(place, str(error))).add(line)
+                    else:
+                        if damage is not None:
+                            yield self._skipped(damage)
+                            damage = None
+                        yield from self._seen(item, place)
+                offset += len(line)
         except (OSError, EOFError, zlib.error) as error:
-            damage = damage or _Damage(place, f"it can't be read on: {error}")
-            yield self._skipped(damage)
+            place = Place(name, offset, number + 1)
+            yield self._skipped(damage or _Damage(place, f"it can't be read on: {error}"))
             return
         if damage is not None:
             self._torn = Torn(place=damage.place, size=damage.size, reason=damage.reason)
@@ -238,8 +246,11 @@ class _Reader:
         first, last = (item.seq, item.seq) if isinstance(item, Record) else (item.first, item.last)
         if self._next is not None and first != self._next:
             yield from self._missing(first, place)
-        self._next, self._begun, self._torn = last + 1, False, None
+        self._in_order(last)
         yield item
+
+    def _in_order(self, last: int) -> None:
+        self._next, self._begun, self._torn = last + 1, False, None
 
     def _missing(self, first: int, place: Place) -> Iterator[Gap | Skipped]:
         """Whole segments may be gone, and their absence is told; within one, or behind a torn end,
@@ -265,10 +276,16 @@ def _decoded(line: bytes, place: Place) -> Segment | Record | Gap:
 
 def _lines(file: BinaryIO, follow: Follow | None) -> Iterator[bytes]:
     """Give line by line, each with its LF but for what is behind the last one."""
+    if follow is None:
+        return iter(partial(file.readline, LINE_LIMIT_BYTES), b"")
+    return _lines_to_come(file, follow)
+
+
+def _lines_to_come(file: BinaryIO, follow: Follow) -> Iterator[bytes]:
     while True:
-        start = file.tell() if follow else 0
+        start = file.tell()
         line = file.readline(LINE_LIMIT_BYTES)
-        if follow and not line.endswith(b"\n") and len(line) < LINE_LIMIT_BYTES and follow():
+        if not line.endswith(b"\n") and len(line) < LINE_LIMIT_BYTES and follow():
             file.seek(start)
             continue
         if not line:

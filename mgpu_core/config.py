@@ -114,6 +114,22 @@ class Config:
             for name, consumer in self.consumers.items()
         }
 
+    # Who uses a card that each one uses, itself among them.
+    sharing: Mapping[str, frozenset[str]] = field(init=False, eq=False, repr=False)
+
+    @sharing.default
+    def _sharing(self) -> Mapping[str, frozenset[str]]:
+        users: dict[tuple[int, ...], set[str]] = {}
+        for name, consumer in self.consumers.items():
+            users.setdefault(tuple(consumer.vram_mib), set()).add(name)
+        shared = {
+            cards: frozenset(
+                name for other, names in users.items() if set(other) & set(cards) for name in names
+            )
+            for cards in users
+        }
+        return {name: shared[tuple(one.vram_mib)] for name, one in self.consumers.items()}
+
 
 def in_order(config: Config) -> Config:
     """Sort it: no decision may depend on the order in which somebody wrote it down."""

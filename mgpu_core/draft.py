@@ -5,7 +5,7 @@ keeps twice cannot come apart, and every effect and note passes through here.
 """
 
 from bisect import insort
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 from attrs import evolve
@@ -32,10 +32,10 @@ from mgpu_core.state import (
 from mgpu_core.transitions import RESIDENCY, SWAP, Cause, Turn
 
 T = TypeVar("T")
-# The fields of a state that a step changes in place, in its own copy.
-MAPS = (
-    "consumers",
+# What ends with a run: nobody waits or is served any more, and the cards are looked at anew.
+WORK = (
     "requests",
+    "queue",
     "overtaken",
     "overtaken_high",
     "reasons",
@@ -83,19 +83,19 @@ class Draft:
     stopping: bool
     epoch: int
     arrivals: int
-    consumers: dict[str, ConsumerState]
+    consumers: Mapping[str, ConsumerState]
     retired: tuple[str, ...]
-    requests: dict[str, RequestState]
-    queue: list[str]
-    overtaken: dict[str, int]
-    overtaken_high: dict[str, int]
-    reasons: dict[str, Reason]
-    waiting: dict[str, int]
-    serving: dict[str, int]
-    owed: dict[str, int]
-    swaps: dict[str, Swap]
-    promises: dict[str, Promise]
-    cards: dict[int, Card]
+    requests: Mapping[str, RequestState]
+    queue: tuple[str, ...]
+    overtaken: Mapping[str, int]
+    overtaken_high: Mapping[str, int]
+    reasons: Mapping[str, Reason]
+    waiting: Mapping[str, int]
+    serving: Mapping[str, int]
+    owed: Mapping[str, int]
+    swaps: Mapping[str, Swap]
+    promises: Mapping[str, Promise]
+    cards: Mapping[int, Card]
     sample_error: str | None
     age: int
     last_work: int
@@ -108,11 +108,9 @@ class Draft:
     known_deadline: int | None
 
     def __init__(self, state: State, at: int, planner: Planner | None) -> None:
-        self.__dict__ = fields = state.__dict__.copy()
-        for name in MAPS:
-            fields[name] = fields[name].copy()
-        self.queue = list(state.queue)
-        self.at = max(at, state.at)
+        self.__dict__ = state.__dict__.copy()
+        if at > state.at:
+            self.at = at
 
         self.before = state
         self.effects: list[Effect] = []
@@ -145,9 +143,16 @@ class Draft:
         self.stirred = True
 
     def close(self) -> State:
-        fields = self.__dict__.copy()
-        fields["queue"] = tuple(self.queue)
+        """Give the next state. It has what was the draft's, so that ends here."""
+        fields, self.__dict__ = self.__dict__, {}
         return made_of(State, fields)
+
+    def _own(self, name: str) -> dict[Any, Any]:
+        """Give a map of the state to be changed: a copy, made once a step where it is needed."""
+        held: dict[Any, Any] = self.__dict__[name]
+        if held is self.before.__dict__[name]:
+            self.__dict__[name] = held = held.copy()
+        return held
 
     # -------------------------------------------------------------------------- what goes out
 
@@ -183,7 +188,7 @@ class Draft:
         old = self.consumers[name]
         if changes.items() <= old.__dict__.items():
             return
-        self.consumers[name] = changed(old, **changes)
+        self._own("consumers")[name] = changed(old, **changes)
         if not RESTLESS.isdisjoint(changes):
             self.known_restless = None
         if self.preload_due or not changes.keys() <= UNSTIRRING:
@@ -192,7 +197,18 @@ class Draft:
     def put_consumer(self, name: str, state: ConsumerState) -> None:
         self.stir()
         self.known_restless = None
-        self.consumers[name] = state
+        self._own("consumers")[name] = state
+
+    def drop_consumer(self, name: str) -> None:
+        """Forget one that is no longer configured; whoever does so configures anew."""
+        del self._own("consumers")[name]
+
+    def drop_work(self) -> None:
+        """Forget all requests, swaps and promises, and what the cards showed."""
+        for name in WORK:
+            setattr(self, name, type(getattr(self, name))())
+        self.known_deadline = None
+        self.stir()
 
     def move(self, name: str, cause: Cause, source: Source, **changes: Any) -> None:
         """Change what is believed of a consumer's memory, along the table only."""
@@ -320,18 +336,18 @@ class Draft:
     # ------------------------------------------------------------------------------- requests
 
     def admit(self, request: RequestState) -> None:
-        self.requests[request.request] = request
+        self._own("requests")[request.request] = request
         if self.known_deadline is not None:
             self.known_deadline = min(self.known_deadline, request.deadline)
-        self._count(self.waiting, request.consumer, 1)
+        self._count("waiting", request.consumer, 1)
         self._enqueue(request.request)
 
     def enqueue_again(self, name: str, *, owed: bool) -> None:
         """Give a joined request its old place back."""
         request = self.requests[name]
-        self.requests[name] = changed(request, phase=Phase.QUEUED, owed=owed)
+        self._own("requests")[name] = changed(request, phase=Phase.QUEUED, owed=owed)
         if owed and not request.owed:
-            self._count(self.owed, request.consumer, 1)
+            self._count("owed", request.consumer, 1)
         self._enqueue(name)
         self.stir()
         self.again = True
@@ -340,7 +356,7 @@ class Draft:
         uncounted = self._count_overtakes(name)
         self._leave_queue(name)
         self._no_longer_owed(name)
-        self.requests[name] = changed(
+        self._own("requests")[name] = changed(
             self.requests[name], phase=Phase.JOINED, owed=False, uncounted=uncounted
         )
         self.stir()
@@ -350,14 +366,13 @@ class Draft:
         uncounted = self._count_overtakes(name)
         self._leave_queue(name)
         self._no_longer_owed(name)
-        overtaken = self._overtaken(name)
-        self._forget_wait(name)
+        overtaken = self._forget_wait(name)
         request = self.requests[name]
-        self.requests[name] = changed(
+        self._own("requests")[name] = changed(
             request, phase=Phase.SERVING, owed=False, uncounted=uncounted, granted=self.at
         )
-        self._count(self.waiting, request.consumer, -1)
-        self._count(self.serving, request.consumer, 1)
+        self._count("waiting", request.consumer, -1)
+        self._count("serving", request.consumer, 1)
         state = self.consumers[request.consumer]
         self.update(
             request.consumer,
@@ -385,8 +400,8 @@ class Draft:
         self._leave_queue(name)
         self._no_longer_owed(name)
         self._forget_wait(name)
-        del self.requests[name]
-        self._count(self.waiting, request.consumer, -1)
+        del self._own("requests")[name]
+        self._count("waiting", request.consumer, -1)
         self.again = True
         return request
 
@@ -397,9 +412,9 @@ class Draft:
         self.note("BroughtIn", request=name, consumer=request.consumer, waited_us=waited)
 
     def end_serving(self, name: str) -> RequestState:
-        request = self.requests.pop(name)
+        request: RequestState = self._own("requests").pop(name)
         assert request.phase is Phase.SERVING, f"{name} is not being served"
-        self._count(self.serving, request.consumer, -1)
+        self._count("serving", request.consumer, -1)
         self.again = True
         return request
 
@@ -455,7 +470,7 @@ class Draft:
         old = self.reasons.get(name)
         if old is reason or old == reason:
             return old
-        self.reasons[name] = reason
+        self._own("reasons")[name] = reason
         request = self.requests[name]
         doing = {"doing": reason.doing} if reason.doing else {}
         self.note(
@@ -498,24 +513,31 @@ class Draft:
         return (-request.priority, request.arrival)
 
     def _enqueue(self, name: str) -> None:
-        insort(self.queue, name, key=self._place)
-        self.overtaken.setdefault(name, 0)
-        self.overtaken_high.setdefault(name, 0)
+        queue = list(self.queue)
+        insort(queue, name, key=self._place)
+        self.queue = tuple(queue)
+        self._own("overtaken").setdefault(name, 0)
+        self._own("overtaken_high").setdefault(name, 0)
 
     def _leave_queue(self, name: str) -> None:
         if self.requests[name].phase is Phase.QUEUED:
-            self.queue.remove(name)
+            place = self.queue.index(name)
+            self.queue = self.queue[:place] + self.queue[place + 1 :]
 
-    def _forget_wait(self, name: str) -> None:
+    def _forget_wait(self, name: str) -> int:
+        """Forget why and how long it may wait; gives how often it was overtaken."""
         if self.requests[name].deadline == self.known_deadline:
             self.known_deadline = None
-        self.reasons.pop(name, None)
-        del self.overtaken[name], self.overtaken_high[name]
+        if name in self.reasons:
+            del self._own("reasons")[name]
+        equals: int = self._own("overtaken").pop(name)
+        higher: int = self._own("overtaken_high").pop(name)
+        return equals + higher
 
     def _no_longer_owed(self, name: str) -> None:
         request = self.requests[name]
         if request.owed:
-            self._count(self.owed, request.consumer, -1)
+            self._count("owed", request.consumer, -1)
 
     def _count_overtakes(self, name: str) -> tuple[str, ...] | None:
         """Let everybody who came before on its cards count this one: now, or once it is queued.
@@ -529,22 +551,25 @@ class Draft:
             before = self._came_before(overtaker)
         else:
             before = [one for one in overtaker.uncounted if one in self.overtaken]
-        later = tuple(one for one in before if requests[one].phase is Phase.JOINED)
+        later = []
         for one in before:
-            if requests[one].phase is Phase.QUEUED:
-                self._count_overtake(requests[one], overtaker)
-        return later
+            request = requests[one]
+            if request.phase is Phase.QUEUED:
+                self._count_overtake(request, overtaker)
+            else:
+                later.append(one)
+        return tuple(later)
 
     def _came_before(self, request: RequestState) -> list[str]:
         """Give those who wait and came before it on its cards, the queued ones first."""
         if len(self.overtaken) == 1:
             return []  # it waits alone
-        cards = self.consumer(request.consumer).vram_mib.keys()
-        beside = {one for one in self.waiting if self.consumer(one).vram_mib.keys() & cards}
+        requests, arrival = self.requests, request.arrival
+        sharing = self.config.sharing[request.consumer]
         return [
             name
             for name in (*self.queue, *self._all_joined())
-            if (other := self.requests[name]).arrival < request.arrival and other.consumer in beside
+            if (other := requests[name]).arrival < arrival and other.consumer in sharing
         ]
 
     def _all_joined(self) -> list[str]:
@@ -554,7 +579,7 @@ class Draft:
 
     def _count_overtake(self, request: RequestState, overtaker: RequestState) -> None:
         higher = overtaker.priority > request.priority
-        counts = self.overtaken_high if higher else self.overtaken
+        counts = self._own("overtaken_high" if higher else "overtaken")
         bound = self.config.overtake_bound
         counts[request.request] = count = counts[request.request] + 1
         if bound is None or request.only_if_free:
@@ -574,20 +599,21 @@ class Draft:
 
     def put_swap(self, swap: Swap) -> Swap:
         self.stir()
-        self.swaps[swap.target] = swap
+        self._own("swaps")[swap.target] = swap
         return swap
 
     def drop_swap(self, swap: Swap) -> None:
         self.stir()
-        del self.swaps[swap.target]
+        del self._own("swaps")[swap.target]
         self.again = True
 
     def put_promise(self, name: str, promise: Promise) -> None:
         self.stir()
-        self.promises[name] = promise
+        self._own("promises")[name] = promise
 
     def give_up_promise(self, name: str) -> None:
-        if self.promises.pop(name, None) is not None:
+        if name in self.promises:
+            del self._own("promises")[name]
             self.stir()
             self.again = True
 
@@ -595,11 +621,12 @@ class Draft:
         self._memo.clear()
         if self.waiting or self.preload_due:  # nobody else asks what is free
             self.stir()
-        self.cards[gpu] = card
+        self._own("cards")[gpu] = card
 
-    def _count(self, counts: dict[str, int], name: str, by: int) -> None:
+    def _count(self, what: str, name: str, by: int) -> None:
         """Change a count; nobody stays in with zero."""
         self.stir()
+        counts = self._own(what)
         count = counts.get(name, 0) + by
         assert count >= 0, f"{name}: a count fell below zero"
         if count:

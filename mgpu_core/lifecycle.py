@@ -65,24 +65,11 @@ def on_started(d: Draft, event: Started) -> None:
     d.draining = d.stopping = False
     d.wake = None
     for name in d.retired:
-        del d.consumers[name]
+        d.drop_consumer(name)
     d.configure(_without(d.config, d.retired))
     d.retired = ()
     at_work = _at_work(d)
-    for held in (
-        d.requests,
-        d.queue,
-        d.overtaken,
-        d.overtaken_high,
-        d.reasons,
-        d.waiting,
-        d.serving,
-        d.owed,
-        d.swaps,
-        d.promises,
-        d.cards,
-    ):
-        held.clear()
+    d.drop_work()
     for name, state in d.consumers.items():
         fresh = evolve(first_belief(d.consumer(name)), idle_since=d.at)
         d.put_consumer(name, _begun(state, fresh, d.at if name in at_work else None))
@@ -152,7 +139,7 @@ def retire(d: Draft) -> None:
     if gone:
         d.retired = tuple(name for name in d.retired if name not in gone)
         for name in gone:
-            del d.consumers[name]
+            d.drop_consumer(name)
         d.preload_due = tuple(name for name in d.preload_due if name not in gone)
         d.configure(_without(d.config, gone))
         d.note("Retired", who=gone)

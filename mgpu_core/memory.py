@@ -65,7 +65,9 @@ def gain_mib(d: Draft, name: str, gpu: int, *, by_driver: bool = False) -> int:
     full = _clean_gain_mib(consumer, state, gpu)
     if state.leaky_mib is None:
         return full
-    return full - state.leaky_mib if by_driver and stops_a_leak(d, name) else state.leaky_mib
+    if by_driver and stops_a_leak(d, name):
+        return max(0, full - state.leaky_mib)
+    return state.leaky_mib
 
 
 def kept_mib(d: Draft, name: str, gpu: int) -> int:
@@ -99,9 +101,10 @@ def free_mib(d: Draft, target: str, gpu: int) -> int | None:
     card = good_card(d, gpu)
     if card is None:
         return _static_free_mib(d, target, gpu)
-    promised = sum(
-        promise.mib.get(gpu, 0) for name, promise in d.promises.items() if name != target
-    )
+    promised = 0
+    for name, promise in d.promises.items():
+        if name != target:
+            promised += promise.mib.get(gpu, 0)
     return card.free_mib - promised + _still_held_mib(d, target, gpu)
 
 
@@ -253,12 +256,9 @@ def stops_with(d: Draft, name: str) -> tuple[str, ...]:
 
 def may_be_evicted(d: Draft, name: str) -> bool:
     """Nothing forbids it, for itself or for those who would go with it."""
-    return (
-        d.consumer(name).unloadable
-        and not cooling_down(d, name)
-        and not is_protected(d, name)
-        and not any(is_protected(d, one) for one in stops_with(d, name))
-    )
+    if not d.consumer(name).unloadable or cooling_down(d, name) or is_protected(d, name):
+        return False
+    return not any(is_protected(d, one) for one in stops_with(d, name))
 
 
 def is_protected(d: Draft, name: str) -> bool:
@@ -291,19 +291,14 @@ def _wanted_mib(d: Draft, target: str) -> dict[int, int]:
 
 def view_for(d: Draft, target: str, *, max_evictions: int, by_driver: bool = False) -> View:
     """Make what a planner may know for one target; `by_driver`: leaky ones are stopped."""
-    consumer, state = d.consumer(target), d.consumers[target]
     wanted = _wanted_mib(d, target)
-    holders = d.remember(
-        ("holders", by_driver),
-        lambda: {name: _holder(d, name, by_driver=by_driver) for name in d.present()},
-    )
     return View(
         running=d.remember("running", lambda: _running(d)),
-        holders=holders,
-        resident=state.residency is Residency.RESIDENT,
+        holders=d.remember(("holders", by_driver), lambda: _holders(d, by_driver=by_driver)),
+        resident=d.consumers[target].residency is Residency.RESIDENT,
         need_mib=wanted,
         free_mib={gpu: free_mib(d, target, gpu) for gpu in wanted},
-        protected=consumer.can_coexist_with,
+        protected=d.consumer(target).can_coexist_with,
         max_evictions=max_evictions,
     )
 
@@ -314,6 +309,10 @@ def _running(d: Draft) -> tuple[str, ...]:
         for name in d.present()
         if name in d.swaps or d.consumers[name].residency is not Residency.UNKNOWN
     )
+
+
+def _holders(d: Draft, *, by_driver: bool) -> dict[str, Holder]:
+    return {name: _holder(d, name, by_driver=by_driver) for name in d.present()}
 
 
 def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
@@ -335,7 +334,7 @@ def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
         pinned=is_pinned(d, name),
         stops_with=stopped,
         evictable=may_be_evicted(d, name),
-        idle=not (at_work(d, name) or any(at_work(d, one) for one in stopped)),
+        idle=not at_work(d, name) and not any(at_work(d, one) for one in stopped),
     )
 
 

@@ -43,6 +43,10 @@ class Holder:
     # It could be unloaded at once: it does not serve, load or unload, is not busy and not owed.
     idle: bool
 
+    def gives_any(self, gpus: Iterable[int]) -> bool:
+        """Say whether an unload of it should give something back on one of these cards."""
+        return any(self.gain_mib.get(gpu, 0) > 0 for gpu in gpus)
+
 
 @frozen(kw_only=True)
 class View:
@@ -64,27 +68,27 @@ class View:
 
     def candidates(self, target: str) -> tuple[Holder, ...]:
         """Give all that may be named for the target and hold memory where it needs some."""
+        spared = frozenset(self.protected)
         return tuple(
             holder
             for name, holder in self.holders.items()
             if name != target
             and holder.evictable
-            and name not in self.protected
-            and not any(one in self.protected for one in holder.stops_with)
-            and any(holder.gain_mib.get(gpu, 0) > 0 for gpu in self.need_mib)
+            and name not in spared
+            and (not holder.stops_with or spared.isdisjoint(holder.stops_with))
+            and holder.gives_any(self.need_mib)
         )
 
     def missing_mib(self, victims: Iterable[Holder] = ()) -> dict[int, int]:
         """Say how much is missing by card once these have gone; empty: the target fits."""
-        missing = {}
-        for gpu, need in self.need_mib.items():
-            free = self.free_mib.get(gpu)
-            if free is None:
-                continue
-            short = need - free - sum(victim.gain_mib.get(gpu, 0) for victim in victims)
-            if short > 0:
-                missing[gpu] = short
-        return missing
+        return _left(
+            {
+                gpu: need - free
+                for gpu, need in self.need_mib.items()
+                if (free := self.free_mib.get(gpu)) is not None
+            },
+            tuple(victims),
+        )
 
 
 class Planner(Protocol):
@@ -99,14 +103,15 @@ class Lru:
         return (-1 if holder.last_used is None else holder.last_used, 0, holder.name)
 
     def victims(self, target: str, view: View) -> tuple[str, ...] | None:
-        if view.resident or not view.missing_mib():
+        missing = {} if view.resident else view.missing_mib()
+        if not missing:
             return ()
         candidates = sorted(view.candidates(target), key=self.order)
         idle = [holder for holder in candidates if holder.idle]
         at_work = [holder for holder in candidates if not holder.idle]
         # A set of idle ones can go at once; any other has to be waited for.
-        for pool in (idle, idle + at_work):
-            chosen = _smallest(pool, view)
+        for pool in (idle, idle + at_work) if at_work else (idle,):
+            chosen = _smallest(pool, missing, view.max_evictions)
             if chosen is not None:
                 return tuple(holder.name for holder in chosen)
         return None
@@ -122,40 +127,54 @@ class Gdsf(Lru):
 PLANNERS: Mapping[Eviction, Planner] = {"lru": Lru(), "gdsf": Gdsf()}
 
 
-def _smallest(pool: Sequence[Holder], view: View) -> list[Holder] | None:
-    """Take from the front until it fits, and leave out whom that does not need."""
-    chosen = _without_needless(_until_it_fits(pool, view), view)
-    if chosen is not None and len(chosen) > view.max_evictions:
-        missing = view.missing_mib()
+def _smallest(
+    pool: Sequence[Holder], missing: Mapping[int, int], max_evictions: int
+) -> list[Holder] | None:
+    """Take from the front until nothing is missing, and leave out whom that does not need."""
+    chosen = _enough(pool, missing)
+    if chosen is not None and len(chosen) > max_evictions:
         large_first = sorted(
             pool,
             key=lambda holder: (
                 -sum(min(holder.gain_mib.get(gpu, 0), mib) for gpu, mib in missing.items())
             ),
         )
-        chosen = _without_needless(_until_it_fits(large_first, view), view)
-    if chosen is None or len(chosen) > view.max_evictions:
+        chosen = _enough(large_first, missing)
+    if chosen is None or len(chosen) > max_evictions:
         return None
     return chosen
 
 
-def _until_it_fits(pool: Sequence[Holder], view: View) -> list[Holder] | None:
+def _enough(pool: Iterable[Holder], missing: Mapping[int, int]) -> list[Holder] | None:
     chosen: list[Holder] = []
+    left = missing
     for holder in pool:
-        missing = view.missing_mib(chosen)
-        if not missing:
-            return chosen
-        if any(holder.gain_mib.get(gpu, 0) > 0 for gpu in missing):
+        if not left:
+            break
+        if holder.gives_any(left):
             chosen.append(holder)
-    return None if view.missing_mib(chosen) else chosen
+            left = _left(left, [holder])
+    return None if left else _without_needless(chosen, missing)
 
 
-def _without_needless(chosen: list[Holder] | None, view: View) -> list[Holder] | None:
+def _without_needless(chosen: list[Holder], missing: Mapping[int, int]) -> list[Holder]:
     """Spare the ones chosen last first: they are the ones that should rather stay."""
-    if chosen is None:
-        return None
+    if len(chosen) == 1:
+        return chosen
     for holder in reversed(chosen):
         rest = [other for other in chosen if other is not holder]
-        if not view.missing_mib(rest):
+        if not _left(missing, rest):
             chosen = rest
     return chosen
+
+
+def _left(missing: Mapping[int, int], victims: Sequence[Holder]) -> dict[int, int]:
+    """Say what is still missing by card once these have gone."""
+    left = {}
+    for gpu, short_mib in missing.items():
+        rest_mib = short_mib
+        for victim in victims:
+            rest_mib -= victim.gain_mib.get(gpu, 0)
+        if rest_mib > 0:
+            left[gpu] = rest_mib
+    return left

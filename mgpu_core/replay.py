@@ -91,7 +91,7 @@ class Replay:
 
 def compared(record: Record, before: State, transition: Transition) -> Difference | None:
     """Compare what a step decides with what was recorded of it."""
-    if not transition.effects and not record.effects:
+    if [encode_effect(effect) for effect in transition.effects] == record.effects:
         return None
     difference = Difference(record=record, before=before, transition=transition)
     return difference if difference.got != difference.expected else None

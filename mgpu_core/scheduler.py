@@ -60,13 +60,15 @@ def settle(d: Draft) -> None:
     for _ in range(rounds):
         d.again = d.stirred = False
         told = len(d.notes) + len(d.effects)
-        swaps.advance_all(d)
-        walk.serve_arrived(d)
+        if d.swaps:
+            swaps.advance_all(d)
+        if d.arrived:
+            walk.serve_arrived(d)
         if d.restless():
             walk.give_up_unclaimed(d)
             operator.leave(d)
             operator.unload_idle(d)
-        if not d.stopping:
+        if d.queue and not d.stopping:
             walk.walk(d)
         d.concerned = None
         if not d.again:
@@ -119,7 +121,10 @@ HANDLERS: Mapping[type, Handler] = {
 
 def set_alarm(d: Draft) -> None:
     """Ask to be woken when time alone will change something."""
-    wake = min([time for time in _deadlines(d) if time > d.at], default=None)
+    wake = None
+    for time in _deadlines(d):
+        if time > d.at and (wake is None or time < wake):
+            wake = time
     if wake is not None and wake != d.wake:
         d.do(WakeAt(time=wake))
     d.wake = wake
@@ -130,12 +135,14 @@ def _calm_until(d: Draft) -> int:
     """Give when time alone may change something, also where nobody has to be woken for it: what
     those who wait are told depends on who has just moved.
     """
-    times = [LATEST if d.wake is None else d.wake]
+    until = LATEST if d.wake is None else d.wake
     if d.queue:
         settle_us = d.config.settle_timeout_us
         for state in d.consumers.values():
-            times += [state.moved + settle_us, (state.idle_since or 0) + settle_us]
-    return min(time for time in times if time > d.at)
+            for since in (state.moved, state.idle_since or 0):
+                if d.at < since + settle_us < until:
+                    until = since + settle_us
+    return until
 
 
 def _deadlines(d: Draft) -> list[int]:
@@ -157,8 +164,8 @@ def _deadlines(d: Draft) -> list[int]:
         if swap.phase is SwapPhase.SETTLING:
             times += [time for time in (swap.settle_until, swap.sample_at) if time is not None]
     if waiting:
-        stale_us = GOOD_INTERVALS * d.config.poll_interval_us + 1
-        times += [card.taken + stale_us for card in d.cards.values()]
+        for card in d.cards.values():
+            times.append(card.taken + GOOD_INTERVALS * d.config.poll_interval_us + 1)
     if (restore := operator.restore_at(d)) is not None:
         times.append(restore)
     return times

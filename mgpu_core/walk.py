@@ -63,7 +63,7 @@ def walk(d: Draft) -> None:
     on_time = d.wake is None or d.at < d.wake
     as_before = on_time and d.own_planner is None and not promoted and not d.again
     if d.concerned is not None and as_before:
-        d.partial = list(d.concerned) != others
+        d.partial = d.concerned != others
         others = d.concerned
     for name in promoted:
         reason = _look(d, name, fences, stuck)
@@ -98,7 +98,7 @@ def _attend(d: Draft, request: RequestState, fences: list[Fence]) -> Reason | No
     """Decide on one request: the tree of core.md section 3. None: it moved on; else why not."""
     name = request.consumer
     consumer, state = d.consumer(name), d.consumers[name]
-    ahead = None if request.owed else _held_back(d, consumer, fences)
+    ahead = _held_back(d, consumer, fences) if fences and not request.owed else None
     if state.leaving:
         return Reason(why=Why.LEAVING)
     # 2. A swap to the same consumer is under way: join it.
@@ -199,9 +199,8 @@ def _told_to_let_go(d: Draft, target: str) -> Reason | None:
         d.start_unload(target, d.next_epoch(), because="what it may hold is in its own way")
         return Reason(why=Why.UNLOADING)
     consumer = d.consumer(target)
-    for name in sorted(d.consumers.keys() - {target, *consumer.can_coexist_with}):
-        shared = not consumer.vram_mib.keys().isdisjoint(d.consumer(name).vram_mib)
-        if shared and _keeps_some(d, name):
+    for name in sorted(d.config.sharing[target] - {target, *consumer.can_coexist_with}):
+        if _keeps_some(d, name):
             d.start_unload(name, d.next_epoch(), because="what it may hold is in the way")
             return swaps.victims_at_work(d, (name,))
     return None
@@ -284,8 +283,7 @@ def no_room(d: Draft, consumer: Consumer) -> Reason | None:
 
 def _swaps_beside(d: Draft, consumer: Consumer) -> set[str]:
     """Give the targets of swaps on its cards."""
-    cards = consumer.vram_mib.keys()
-    return {name for name in d.swaps if d.consumer(name).vram_mib.keys() & cards}
+    return d.swaps.keys() & d.config.sharing[consumer.name]
 
 
 def slot_holders(d: Draft, gpu: int) -> tuple[str, ...]:
@@ -368,14 +366,15 @@ def _attainable_mib(d: Draft, target: str, gpu: int) -> tuple[int, int]:
 
 def _under_way(d: Draft, target: str) -> tuple[str, ...]:
     """Give who loads, unloads or has memory promised on the target's cards."""
-    cards = d.consumer(target).vram_mib.keys()
+    sharing = d.config.sharing[target]
     moving = {
         name
         for name in d.present()
         if name != target
+        and name in sharing
         and (_is_promised(d, name) or name in d.swaps or d.consumers[name].operation is not None)
-        and not cards.isdisjoint(d.consumer(name).vram_mib.keys())
     }
+    cards = d.consumer(target).vram_mib
     return tuple(sorted(moving.union(*(_just_gone(d, gpu) for gpu in cards))))
 
 
@@ -457,7 +456,7 @@ def _held_back(d: Draft, consumer: Consumer, fences: list[Fence]) -> Reason | No
 def _takes_from(d: Draft, consumer: Consumer, fence: Fence) -> bool:
     """Would work of this consumer take a slot or memory that the promoted request needs?"""
     promoted = d.consumer(fence.consumer)
-    if promoted.vram_mib.keys().isdisjoint(consumer.vram_mib.keys()):
+    if consumer.name not in d.config.sharing[fence.consumer]:
         return False
     if fence.needs_slot and consumer.gpu_slot:
         return True

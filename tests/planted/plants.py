@@ -114,8 +114,8 @@ PLANTS = (
         "counts-begin-anew-after-a-swap",
         "P8",
         "draft",
-        "        self.overtaken.setdefault(name, 0)\n",
-        "        self.overtaken[name] = 0\n",
+        '        self._own("overtaken").setdefault(name, 0)\n',
+        '        self._own("overtaken")[name] = 0\n',
         like="llama-swap D3: unbounded overtaking",
     ),
     plant(
@@ -173,7 +173,7 @@ PLANTS = (
         "a-friends-server-is-stopped",
         "P4",
         "planners",
-        "            and not any(one in self.protected for one in holder.stops_with)\n",
+        "            and (not holder.stops_with or spared.isdisjoint(holder.stops_with))\n",
         "",
     ),
     plant(
@@ -214,9 +214,8 @@ PLANTS = (
         "a-set-that-helps-one-card-of-two",
         "P3",
         "planners",
-        "return None if view.missing_mib(chosen) else chosen",
-        "left = view.missing_mib(chosen)\n"
-        "    return None if len(left) == len(view.need_mib) else chosen",
+        "return None if left else ",
+        "return None if len(left) == len(missing) else ",
         like="surogate #140: eviction commits before it knows it suffices",
     ),
     # ------------------------------------------------------------ memory sold twice
@@ -413,15 +412,15 @@ PLANTS = (
     plant(
         "a-reading-that-outlives-a-crash",
         "P12",
-        "lifecycle",
-        "        d.promises,\n        d.cards,\n",
-        "        d.promises,\n",
+        "draft",
+        '    "promises",\n    "cards",\n',
+        '    "promises",\n',
     ),
     plant(
         "owed-to-nobody-after-a-crash",
         "P12",
-        "lifecycle",
-        "        d.owed,\n        d.swaps,\n",
-        "        d.swaps,\n",
+        "draft",
+        '    "owed",\n    "swaps",\n',
+        '    "swaps",\n',
     ),
 )

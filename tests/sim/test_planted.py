@@ -83,7 +83,7 @@ def epochs_of_the_process() -> AbstractContextManager[Any]:
 CHANGES: dict[str, Change] = {
     "P1": patched("mgpu_core.walk.expire", mock.Mock()),
     "P2": patched("mgpu_core.walk._held_back", lambda *_: None),
-    "P3": patched("mgpu_core.planners._smallest", lambda pool, _view: list(pool[:1]) or None),
+    "P3": patched("mgpu_core.planners._smallest", lambda pool, *_: list(pool[:1]) or None),
     "P4": lambda: mock.patch("mgpu_core.memory.is_protected", return_value=False),
     "P5": handled(ev.Cancel, cancel_ends_the_load),
     "P6": handled(ev.UnloadDone, any_epoch_will_do),

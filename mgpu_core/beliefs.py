@@ -7,7 +7,15 @@ from attrs import evolve
 from mgpu_core.draft import Draft
 from mgpu_core.events import GpuSample, ProbeResult
 from mgpu_core.memory import good_card, held_mib
-from mgpu_core.state import Card, ConsumerState, Promise, Residency, Source, assumed_residency
+from mgpu_core.state import (
+    ABSENT,
+    RESIDENT,
+    Card,
+    ConsumerState,
+    Promise,
+    Source,
+    assumed_residency,
+)
 from mgpu_core.transitions import Cause
 
 
@@ -36,24 +44,24 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
         d.note("Healthy", consumer=name)
     d.update(name, last_probe=event.taken, healthy=True, probe_failures=0, probe_error=event.error)
     quiet = (
-        state.operation is None
-        and name not in d.swaps
+        event.taken > state.touched
+        and state.operation is None
         and name not in d.serving
-        and not any(name in swap.victims for swap in d.swaps.values())
-        and event.taken > state.touched
+        and name not in d.swaps
+        and not (d.swaps and any(name in swap.victims for swap in d.swaps.values()))
     )
     if quiet and event.resident is not None:
         _see(d, name, resident=event.resident, source=Source.PROBE)
     elif quiet and state.refused:
         consumer = d.consumer(name)
-        assumed = assumed_residency(consumer) is Residency.RESIDENT
+        assumed = assumed_residency(consumer) is RESIDENT
         # Of several that are loaded by route, none is in when their server has come up again.
         alone = not (consumer.load_route and d.siblings(name))
         _see(d, name, resident=assumed and alone, source=Source.ASSUMED)
     if quiet and state.refused:
         d.update(name, refused=False)  # until then, what it holds after its refusal is not known
     settled = event.taken > state.moved and state.starter is None
-    if event.vram_mib and settled and d.consumers[name].residency is Residency.RESIDENT:
+    if event.vram_mib and settled and d.consumers[name].residency is RESIDENT:
         d.update(name, measured_mib=event.vram_mib)
     # Until the first look of a run it is taken for busy if the last run left it at work.
     if event.busy is not None or state.last_probe is None:
@@ -63,12 +71,15 @@ def _answered(d: Draft, event: ProbeResult, state: ConsumerState) -> None:
 def _see(d: Draft, name: str, *, resident: bool, source: Source) -> None:
     """Take a probe's word for whether it is loaded."""
     state = d.consumers[name]
+    believed = RESIDENT if resident else ABSENT
+    if state.residency is believed and state.source is source and name not in d.promises:
+        return  # that is no news
     if resident:
         if state.cleared:
             return  # it is about to be cold-started: the promise holds until it is
-        fresh = state.residency is not Residency.RESIDENT
+        fresh = state.residency is not RESIDENT
         idle_since = d.at if fresh else state.idle_since
-        if state.residency is Residency.ABSENT:
+        if state.residency is ABSENT:
             d.update(name, leaky_mib=None)  # it was loaded since, though not by us
         d.move(name, Cause.SEEN_RESIDENT, source, idle_since=idle_since)
     elif state.cleared or _awaits_its_first_request(d, name):
@@ -83,7 +94,7 @@ def _awaits_its_first_request(d: Draft, name: str) -> bool:
     """Its process runs for somebody who waits still for a place there: it may hold nothing."""
     promise = d.promises.get(name)
     ungranted = promise is not None and promise.granted is None and promise.done is None
-    is_in = d.consumers[name].residency is Residency.RESIDENT
+    is_in = d.consumers[name].residency is RESIDENT
     return ungranted and is_in and name in d.waiting
 
 
@@ -159,7 +170,7 @@ def on_sample(d: Draft, sample: GpuSample) -> None:
                 foreign_mib=_foreign_mib(d, reading.index, reading.used_mib, old),
             ),
         )
-    for name, promise in sorted(d.promises.items()):
+    for name, promise in sorted(d.promises.items()) if d.promises else ():
         seen = {gpu: need for gpu, need in promise.mib.items() if good_card(d, gpu)}
         if seen and all(_shown_as_taken(d, promise, gpu, need) for gpu, need in seen.items()):
             d.give_up_promise(name)
@@ -179,7 +190,7 @@ def _see_cold_start(d: Draft, name: str, promise: Promise) -> None:
     state = d.consumers[name]
     if state.uncertain == "load":
         d.move(name, Cause.SEEN_RESIDENT, Source.NVML, idle_since=d.at)
-    elif state.residency is Residency.RESIDENT:
+    elif state.residency is RESIDENT:
         d.update(name, source=Source.NVML, starter=None)
 
 
@@ -198,22 +209,19 @@ def _measure(d: Draft, name: str, promise: Promise) -> None:
         return
     for gpu, before in promise.used_before_mib.items():
         grown = d.cards[gpu].used_mib - before
-        if state.residency is Residency.RESIDENT and grown > 0:
+        if state.residency is RESIDENT and grown > 0:
             d.update(name, measured_mib=grown)
             d.note("Measured", consumer=name, measured_mib=grown)
 
 
 def _foreign_mib(d: Draft, gpu: int, used_mib: int, old: Card | None) -> int:
     """What nobody here holds. While something moves, nobody can tell: the last figure stays."""
-    moving = d.promises or any(state.operation for state in d.consumers.values())
-    if moving and old is not None:
-        return old.foreign_mib
-    ours = sum(
-        held_mib(d.consumer(name), state, gpu)
-        for name, state in d.consumers.items()
-        if state.residency is not Residency.ABSENT
-    )
-    return max(0, used_mib - ours)
+    ours, moving = 0, bool(d.promises)
+    for name, state in d.consumers.items():
+        moving = moving or state.operation is not None
+        if state.residency is not ABSENT:
+            ours += held_mib(d.consumer(name), state, gpu)
+    return max(0, used_mib - ours) if old is None or not moving else old.foreign_mib
 
 
 def _shown_as_taken(d: Draft, promise: Promise, gpu: int, need: int) -> bool:

@@ -195,9 +195,8 @@ def _decode_tagged(
 
 
 def _decode_whole(hint: Any, data: Json, where: str) -> object:
-    decode: Decoder = _decoder(hint)
     try:
-        return decode(data)
+        return _decoder(hint)(data)
     except CodecError as error:
         raise error.within(where) from None
 

@@ -15,18 +15,26 @@ from mgpu_core.effects import Effect, Reject, SampleGpu, Serve, StartLoad, Start
 from mgpu_core.notes import Detail, Note, Reason
 from mgpu_core.planners import PLANNERS, Planner
 from mgpu_core.state import (
+    ABSENT,
+    JOINED,
+    LOADING,
+    QUEUED,
+    RESIDENT,
+    SERVING,
+    UNKNOWN,
+    UNLOADING,
     Card,
     ConsumerState,
     Counters,
     Operation,
-    Phase,
     Promise,
     RequestState,
-    Residency,
     Source,
     State,
     Swap,
+    SwapPhase,
     changed,
+    changed_by,
     made_of,
 )
 from mgpu_core.transitions import RESIDENCY, SWAP, Cause, Turn
@@ -74,6 +82,7 @@ class Draft:
         "own_planner",
         "partial",
         "planner",
+        "reread",
         "stirred",
     )
     config: Config
@@ -130,6 +139,8 @@ class Draft:
         self._memo: dict[Hashable, Any] = {}
         # Something changed that somebody may have waited for.
         self.stirred = False
+        # A card was read, which keeps good for longer now, but nobody waited for that.
+        self.reread = False
 
     def configure(self, config: Config) -> None:
         self.stir()
@@ -173,7 +184,7 @@ class Draft:
         consumer: str | None = None,
         **details: Detail,
     ) -> None:
-        self.notes.append(Note(type=type_, request=request, consumer=consumer, details=details))
+        self.notes.append(Note(type_, request, consumer, details))
 
     # ------------------------------------------------------------------------------ consumers
 
@@ -188,7 +199,7 @@ class Draft:
         old = self.consumers[name]
         if changes.items() <= old.__dict__.items():
             return
-        self._own("consumers")[name] = changed(old, **changes)
+        self._own("consumers")[name] = changed_by(old, changes)
         if not RESTLESS.isdisjoint(changes):
             self.known_restless = None
         if self.preload_due or not changes.keys() <= UNSTIRRING:
@@ -215,9 +226,9 @@ class Draft:
         old = self.consumers[name]
         residency = RESIDENCY.get((old.residency, cause))
         assert residency is not None, f"{name}: {old.residency} does not move when {cause}"
-        if residency is not Residency.UNKNOWN:
+        if residency is not UNKNOWN:
             changes.setdefault("uncertain", None)
-        if residency not in {Residency.LOADING, Residency.UNLOADING}:
+        if residency is not LOADING and residency is not UNLOADING:
             changes["operation"] = None
         if residency is not old.residency:
             changes.setdefault("moved", self.at)
@@ -239,9 +250,7 @@ class Draft:
             lambda: tuple(
                 name
                 for name, state in self.consumers.items()
-                if state.residency is not Residency.ABSENT
-                or name in self.swaps
-                or name in self.promises
+                if state.residency is not ABSENT or name in self.swaps or name in self.promises
             ),
         )
 
@@ -313,7 +322,7 @@ class Draft:
         )
         together = (name,) if by_route else (name, *self.siblings(name))
         for one in together:
-            if self.consumers[one].residency is Residency.ABSENT and one != name:
+            if self.consumers[one].residency is ABSENT and one != name:
                 continue
             self.move(
                 one,
@@ -345,7 +354,7 @@ class Draft:
     def enqueue_again(self, name: str, *, owed: bool) -> None:
         """Give a joined request its old place back."""
         request = self.requests[name]
-        self._own("requests")[name] = changed(request, phase=Phase.QUEUED, owed=owed)
+        self._own("requests")[name] = changed(request, phase=QUEUED, owed=owed)
         if owed and not request.owed:
             self._count("owed", request.consumer, 1)
         self._enqueue(name)
@@ -354,22 +363,19 @@ class Draft:
 
     def join(self, name: str) -> None:
         uncounted = self._count_overtakes(name)
-        self._leave_queue(name)
-        self._no_longer_owed(name)
+        request = self._leave_queue(name)
         self._own("requests")[name] = changed(
-            self.requests[name], phase=Phase.JOINED, owed=False, uncounted=uncounted
+            request, phase=JOINED, owed=False, uncounted=uncounted
         )
         self.stir()
 
     def grant(self, name: str) -> None:
         """Let it be served now."""
         uncounted = self._count_overtakes(name)
-        self._leave_queue(name)
-        self._no_longer_owed(name)
-        overtaken = self._forget_wait(name)
-        request = self.requests[name]
+        request = self._leave_queue(name)
+        overtaken = self._forget_wait(request)
         self._own("requests")[name] = changed(
-            request, phase=Phase.SERVING, owed=False, uncounted=uncounted, granted=self.at
+            request, phase=SERVING, owed=False, uncounted=uncounted, granted=self.at
         )
         self._count("waiting", request.consumer, -1)
         self._count("serving", request.consumer, 1)
@@ -395,11 +401,9 @@ class Draft:
 
     def drop(self, name: str) -> RequestState:
         """Take a waiting request out of everything; who answers it is somebody else's."""
-        request = self.requests[name]
-        assert request.phase is not Phase.SERVING, f"{name} is being served"
-        self._leave_queue(name)
-        self._no_longer_owed(name)
-        self._forget_wait(name)
+        assert self.requests[name].phase is not SERVING, f"{name} is being served"
+        request = self._leave_queue(name)
+        self._forget_wait(request)
         del self._own("requests")[name]
         self._count("waiting", request.consumer, -1)
         self.again = True
@@ -413,7 +417,7 @@ class Draft:
 
     def end_serving(self, name: str) -> RequestState:
         request: RequestState = self._own("requests").pop(name)
-        assert request.phase is Phase.SERVING, f"{name} is not being served"
+        assert request.phase is SERVING, f"{name} is not being served"
         self._count("serving", request.consumer, -1)
         self.again = True
         return request
@@ -495,7 +499,7 @@ class Draft:
         names = [
             name
             for name, request in self.requests.items()
-            if request.phase is Phase.JOINED and request.consumer == target
+            if request.phase is JOINED and request.consumer == target
         ]
         return sorted(names, key=self._place)
 
@@ -504,7 +508,7 @@ class Draft:
         names = [
             name
             for name, request in self.requests.items()
-            if request.phase is not Phase.SERVING and request.consumer == consumer
+            if request.phase is not SERVING and request.consumer == consumer
         ]
         return sorted(names, key=self._place)
 
@@ -519,25 +523,26 @@ class Draft:
         self._own("overtaken").setdefault(name, 0)
         self._own("overtaken_high").setdefault(name, 0)
 
-    def _leave_queue(self, name: str) -> None:
-        if self.requests[name].phase is Phase.QUEUED:
+    def _leave_queue(self, name: str) -> RequestState:
+        """Take it out of the queue and of those who are owed, wherever it is in."""
+        request = self.requests[name]
+        if request.phase is QUEUED:
             place = self.queue.index(name)
             self.queue = self.queue[:place] + self.queue[place + 1 :]
+        if request.owed:
+            self._count("owed", request.consumer, -1)
+        return request
 
-    def _forget_wait(self, name: str) -> int:
+    def _forget_wait(self, request: RequestState) -> int:
         """Forget why and how long it may wait; gives how often it was overtaken."""
-        if self.requests[name].deadline == self.known_deadline:
+        if request.deadline == self.known_deadline:
             self.known_deadline = None
+        name = request.request
         if name in self.reasons:
             del self._own("reasons")[name]
         equals: int = self._own("overtaken").pop(name)
         higher: int = self._own("overtaken_high").pop(name)
         return equals + higher
-
-    def _no_longer_owed(self, name: str) -> None:
-        request = self.requests[name]
-        if request.owed:
-            self._count("owed", request.consumer, -1)
 
     def _count_overtakes(self, name: str) -> tuple[str, ...] | None:
         """Let everybody who came before on its cards count this one: now, or once it is queued.
@@ -554,7 +559,7 @@ class Draft:
         later = []
         for one in before:
             request = requests[one]
-            if request.phase is Phase.QUEUED:
+            if request.phase is QUEUED:
                 self._count_overtake(request, overtaker)
             else:
                 later.append(one)
@@ -575,7 +580,7 @@ class Draft:
     def _all_joined(self) -> list[str]:
         if len(self.queue) == len(self.overtaken):
             return []
-        return [n for n, request in self.requests.items() if request.phase is Phase.JOINED]
+        return [n for n, request in self.requests.items() if request.phase is JOINED]
 
     def _count_overtake(self, request: RequestState, overtaker: RequestState) -> None:
         higher = overtaker.priority > request.priority
@@ -618,18 +623,27 @@ class Draft:
             self.again = True
 
     def put_card(self, gpu: int, card: Card) -> None:
-        self._memo.clear()
-        if self.waiting or self.preload_due:  # nobody else asks what is free
-            self.stir()
         self._own("cards")[gpu] = card
+        self._memo.clear()
+        if self.preload_due or self._some_wait_for_memory():
+            self.stir()
+        else:
+            self.reread = True
+
+    def _some_wait_for_memory(self) -> bool:
+        """Say whether anybody asks what is free: a swap that waits for its victims' memory, or who
+        is queued for one that is not in. Who is queued for one that is in waits for a place there.
+        """
+        return any(swap.phase is SwapPhase.SETTLING for swap in self.swaps.values()) or any(
+            self.consumers[self.requests[name].consumer].residency is not RESIDENT
+            for name in self.queue
+        )
 
     def _count(self, what: str, name: str, by: int) -> None:
         """Change a count; nobody stays in with zero."""
         self.stir()
         counts = self._own(what)
-        count = counts.get(name, 0) + by
+        counts[name] = count = counts.get(name, 0) + by
         assert count >= 0, f"{name}: a count fell below zero"
-        if count:
-            counts[name] = count
-        else:
-            counts.pop(name, None)
+        if not count:
+            del counts[name]

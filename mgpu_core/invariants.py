@@ -3,7 +3,17 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from mgpu_core.state import Phase, Residency, State, SwapPhase
+from mgpu_core.state import (
+    JOINED,
+    LOADING,
+    QUEUED,
+    RESIDENT,
+    SERVING,
+    UNKNOWN,
+    UNLOADING,
+    State,
+    SwapPhase,
+)
 
 
 def violations(state: State) -> tuple[str, ...]:
@@ -20,9 +30,9 @@ def _counts(state: State) -> Iterator[str]:
     waiting: Counter[str] = Counter()
     owed: Counter[str] = Counter()
     for request in state.requests.values():
-        (serving if request.phase is Phase.SERVING else waiting)[request.consumer] += 1
+        (serving if request.phase is SERVING else waiting)[request.consumer] += 1
         owed[request.consumer] += request.owed
-        if request.owed and request.phase is not Phase.QUEUED:
+        if request.owed and request.phase is not QUEUED:
             yield f"{request.request} is owed but {request.phase}"
     for name, kept, counted in (
         ("serving", state.serving, serving),
@@ -34,14 +44,14 @@ def _counts(state: State) -> Iterator[str]:
 
 
 def _queue(state: State) -> Iterator[str]:
-    queued = {n for n, r in state.requests.items() if r.phase is Phase.QUEUED}
+    queued = {n for n, r in state.requests.items() if r.phase is QUEUED}
     if set(state.queue) != queued or len(state.queue) != len(queued):
         yield f"the queue holds {state.queue}, queued are {sorted(queued)}"
         return
     places = [(-state.requests[n].priority, state.requests[n].arrival) for n in state.queue]
     if places != sorted(places):
         yield "the queue is out of order"
-    waiting = {n for n, r in state.requests.items() if r.phase is not Phase.SERVING}
+    waiting = {n for n, r in state.requests.items() if r.phase is not SERVING}
     if set(state.overtaken) != waiting or set(state.overtaken_high) != waiting:
         yield "overtakes are counted for others than those who wait"
     if not set(state.reasons) <= waiting:
@@ -49,14 +59,14 @@ def _queue(state: State) -> Iterator[str]:
 
 
 def _operations(state: State) -> Iterator[str]:
-    moving = {Residency.LOADING: "load", Residency.UNLOADING: "unload"}
+    moving = {LOADING: "load", UNLOADING: "unload"}
     for name, consumer in state.consumers.items():
         expected = moving.get(consumer.residency)
         kind = consumer.operation.kind if consumer.operation else None
         if kind != expected:
             yield f"{name} is {consumer.residency} with operation {kind}"
-        loads_after = consumer.residency is Residency.LOADING and consumer.uncertain == "unload"
-        if consumer.uncertain and consumer.residency is not Residency.UNKNOWN and not loads_after:
+        loads_after = consumer.residency is LOADING and consumer.uncertain == "unload"
+        if consumer.uncertain and consumer.residency is not UNKNOWN and not loads_after:
             yield f"{name} is {consumer.residency}, yet uncertain after a failed load or unload"
         if consumer.cleared and name not in state.waiting:
             yield f"{name} is cleared for a cold start that nobody waits for"
@@ -78,7 +88,7 @@ def _swaps(state: State) -> Iterator[str]:
         if consumer.operation and consumer.operation.kind == "load" and name not in state.swaps:
             yield f"{name} loads without a swap"
     for request in state.requests.values():
-        if request.phase is Phase.JOINED and request.consumer not in state.swaps:
+        if request.phase is JOINED and request.consumer not in state.swaps:
             yield f"{request.request} is joined to no swap"
 
 
@@ -89,7 +99,7 @@ def _promises(state: State) -> Iterator[str]:
             name in state.swaps
             or promise.done is not None  # until the next sample
             or consumer.cleared
-            or consumer.residency in {Residency.RESIDENT, Residency.UNLOADING}
+            or consumer.residency in {RESIDENT, UNLOADING}
         )
         if not held:
             yield f"{promise.mib} MiB are promised to {name}, which is {consumer.residency}"

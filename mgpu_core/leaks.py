@@ -3,7 +3,7 @@
 from mgpu_core.draft import Draft
 from mgpu_core.effects import Probe
 from mgpu_core.memory import full_gain_mib, good_card
-from mgpu_core.state import Residency, Source, Swap
+from mgpu_core.state import ABSENT, Source, Swap
 from mgpu_core.transitions import Cause
 
 
@@ -28,7 +28,7 @@ def mark_leaky(d: Draft, swap: Swap) -> None:
         measured = freed * should // expected
         d.update(name, leaky_mib=measured)
         d.note("Leaky", consumer=name, expected_mib=should, freed_mib=measured)
-        if d.consumers[name].residency is Residency.ABSENT:
+        if d.consumers[name].residency is ABSENT:
             # It holds most of its memory still, so it can be told to go again, or be served.
             d.move(name, Cause.LEAKED, Source.NVML, uncertain="unload")
             d.do(Probe(consumer=name))

@@ -6,14 +6,7 @@ from mgpu_core.config import Config, Consumer, in_order
 from mgpu_core.draft import Draft
 from mgpu_core.effects import Probe
 from mgpu_core.events import Drain, Reconfigured, Resume, Shutdown, Started
-from mgpu_core.state import (
-    ConsumerState,
-    Phase,
-    Residency,
-    State,
-    first_belief,
-    initial_state,
-)
+from mgpu_core.state import ABSENT, SERVING, ConsumerState, State, first_belief, initial_state
 
 
 def carried_over(last: State, config: Config, at: int) -> State:
@@ -98,7 +91,7 @@ def on_resume(d: Draft, _event: Resume) -> None:
 
 def on_shutdown(d: Draft, _event: Shutdown) -> None:
     d.draining = d.stopping = True
-    for name in [n for n, r in d.requests.items() if r.phase is not Phase.SERVING]:
+    for name in [n for n, r in d.requests.items() if r.phase is not SERVING]:
         d.reject(name, "shutting_down", "the broker is shutting down")
     d.note("ShuttingDown")
 
@@ -148,7 +141,7 @@ def retire(d: Draft) -> None:
 def _alive(d: Draft, name: str) -> bool:
     """Something of it is still here: memory, also such as no sample shows free yet, or requests."""
     state = d.consumers[name]
-    holds = state.residency is not Residency.ABSENT and not d.consumer(name).vram_managed
+    holds = state.residency is not ABSENT and not d.consumer(name).vram_managed
     return (
         holds
         or state.operation is not None

@@ -12,7 +12,7 @@ from mgpu_core.config import Consumer
 from mgpu_core.draft import Draft
 from mgpu_core.ordering import Believed, is_pinned
 from mgpu_core.planners import Holder, View
-from mgpu_core.state import Card, ConsumerState, Promise, Residency, Source
+from mgpu_core.state import ABSENT, RESIDENT, UNKNOWN, Card, ConsumerState, Promise, Source
 
 # A sample is good for so many poll intervals.
 GOOD_INTERVALS = 3
@@ -52,15 +52,11 @@ def gain_mib(d: Draft, name: str, gpu: int, *, by_driver: bool = False) -> int:
     consumer, state = d.consumer(name), d.consumers[name]
     if gpu not in consumer.vram_mib:
         return 0
-    if state.residency is Residency.ABSENT and name not in d.swaps:
+    if state.residency is ABSENT and name not in d.swaps:
         return 0
     if kept := kept_mib(d, name, gpu):
         return kept
-    if (
-        state.residency is Residency.UNKNOWN
-        and state.uncertain != "unload"
-        and good_card(d, gpu) is not None
-    ):
+    if state.residency is UNKNOWN and state.uncertain != "unload" and good_card(d, gpu) is not None:
         return 0  # the sample counts what a failed load left behind, if anything
     full = _clean_gain_mib(consumer, state, gpu)
     if state.leaky_mib is None:
@@ -77,7 +73,7 @@ def kept_mib(d: Draft, name: str, gpu: int) -> int:
     promise = d.promises.get(name)
     if promise is None or promise.granted is not None or promise.done is not None:
         return 0
-    waits = d.consumers[name].residency is Residency.RESIDENT
+    waits = d.consumers[name].residency is RESIDENT
     return promise.mib.get(gpu, 0) if waits and good_card(d, gpu) else 0
 
 
@@ -115,9 +111,9 @@ def _still_held_mib(d: Draft, target: str, gpu: int) -> int:
     consumer, state, card = d.consumer(target), d.consumers[target], good_card(d, gpu)
     if card is None or gpu not in consumer.vram_mib:
         return 0
-    if state.residency is Residency.UNKNOWN and state.uncertain == "unload":
+    if state.residency is UNKNOWN and state.uncertain == "unload":
         own = held_mib(consumer, state, gpu)
-    elif state.residency is Residency.ABSENT and state.source is Source.COMMAND:
+    elif state.residency is ABSENT and state.source is Source.COMMAND:
         # Its process is still there: one that a driver has stopped has left nothing.
         own = consumer.vram_residue_mib if d.goes_by_route(target) else 0
     else:
@@ -125,7 +121,7 @@ def _still_held_mib(d: Draft, target: str, gpu: int) -> int:
     others = sum(
         held_mib(d.consumer(name), d.consumers[name], gpu)
         for name in d.present()
-        if name != target and d.consumers[name].residency is not Residency.ABSENT
+        if name != target and d.consumers[name].residency is not ABSENT
     )
     return max(0, min(own, card.used_mib - others))
 
@@ -156,9 +152,9 @@ def static_mib(d: Draft, name: str, gpu: int) -> int:
     """What a consumer counts in the static budget: once, by its promise or as a resident."""
     state, promise = d.consumers[name], d.promises.get(name)
     ahead = promise is not None and promise.done is None
-    if promise is not None and ahead and state.residency is not Residency.RESIDENT:
+    if promise is not None and ahead and state.residency is not RESIDENT:
         return promise.mib.get(gpu, 0)
-    if state.residency is Residency.ABSENT:
+    if state.residency is ABSENT:
         return 0
     return held_mib(d.consumer(name), state, gpu)
 
@@ -201,7 +197,7 @@ def can_never_fit(s: Believed, name: str) -> str | None:
             other
             for other, state in s.consumers.items()
             if other != name
-            and state.residency is Residency.RESIDENT
+            and state.residency is RESIDENT
             and is_pinned(s, other)
             and other not in consumer.can_coexist_with
         ]
@@ -269,7 +265,7 @@ def is_protected(d: Draft, name: str) -> bool:
 def alike(d: Draft, name: str) -> Hashable:
     """Give a key that all consumers share who are the same to the accounting of memory."""
     consumer, state = d.consumer(name), d.consumers[name]
-    holds_none = state.residency is Residency.ABSENT
+    holds_none = state.residency is ABSENT
     if not holds_none or consumer.vram_auto or name in d.promises or name in d.swaps:
         return name
     return consumer.footprint
@@ -295,7 +291,7 @@ def view_for(d: Draft, target: str, *, max_evictions: int, by_driver: bool = Fal
     return View(
         running=d.remember("running", lambda: _running(d)),
         holders=d.remember(("holders", by_driver), lambda: _holders(d, by_driver=by_driver)),
-        resident=d.consumers[target].residency is Residency.RESIDENT,
+        resident=d.consumers[target].residency is RESIDENT,
         need_mib=wanted,
         free_mib={gpu: free_mib(d, target, gpu) for gpu in wanted},
         protected=d.consumer(target).can_coexist_with,
@@ -307,7 +303,7 @@ def _running(d: Draft) -> tuple[str, ...]:
     return tuple(
         name
         for name in d.present()
-        if name in d.swaps or d.consumers[name].residency is not Residency.UNKNOWN
+        if name in d.swaps or d.consumers[name].residency is not UNKNOWN
     )
 
 
@@ -345,11 +341,11 @@ def promise_for(d: Draft, target: str) -> None:
     """Set aside what a swap will take; a target that is in already takes nothing."""
     consumer, state = d.consumer(target), d.consumers[target]
     needs = need_mib(consumer, state)
-    if state.residency is Residency.ABSENT:  # what it left behind is taken already
+    if state.residency is ABSENT:  # what it left behind is taken already
         needs = {gpu: max(0, n - _still_held_mib(d, target, gpu)) for gpu, n in needs.items()}
     if consumer.vram_auto and not needs:
         needs = dict.fromkeys(consumer.vram_mib, 0)  # nothing is known, but it will be measured
-    if needs and state.residency is not Residency.RESIDENT:
+    if needs and state.residency is not RESIDENT:
         _lose_baselines(d, set(needs))
         d.put_promise(target, Promise(mib=needs))
 

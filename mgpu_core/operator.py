@@ -15,12 +15,7 @@ from mgpu_core.memory import (
 )
 from mgpu_core.ordering import is_pinned
 from mgpu_core.requests import operator_id
-from mgpu_core.state import (
-    Operator,
-    Phase,
-    RequestState,
-    Residency,
-)
+from mgpu_core.state import ABSENT, LOADING, QUEUED, RESIDENT, UNLOADING, Operator, RequestState
 
 
 def on_unload(d: Draft, event: Unload) -> None:
@@ -38,7 +33,7 @@ def on_unload(d: Draft, event: Unload) -> None:
             d.reject(request, "unloaded", f"an operator unloaded {name}")
         if event.force:
             _force_out(d, name)
-        elif d.consumers[name].residency is not Residency.ABSENT or name in d.swaps:
+        elif d.consumers[name].residency is not ABSENT or name in d.swaps:
             d.update(name, leaving=True)
             d.note("Leaving", consumer=name)
 
@@ -63,7 +58,7 @@ def _force_out(d: Draft, name: str) -> None:
         return
     if name in d.swaps:
         swaps.abandon(d, d.swaps[name])
-    if d.consumers[name].residency in {Residency.ABSENT, Residency.UNLOADING}:
+    if d.consumers[name].residency in {ABSENT, UNLOADING}:
         d.give_up_promise(name)
     else:
         d.start_unload(name, d.next_epoch(), because="an operator forces it")
@@ -76,7 +71,7 @@ def leave(d: Draft) -> None:
         if not state.leaving or state.operation is not None or name in d.swaps:
             continue
         pinned_since = any(is_pinned(d, one) for one in stops_with(d, name))
-        if state.residency is Residency.ABSENT or pinned_since:
+        if state.residency is ABSENT or pinned_since:
             d.update(name, leaving=False)
             d.again = True
         elif name not in d.serving and not is_busy(d, name) and not _siblings_at_work(d, name):
@@ -106,7 +101,7 @@ def idle_dues(d: Draft) -> list[tuple[str, int]]:
         if consumer.idle_unload_us is None or not consumer.unloadable or consumer.vram_managed:
             continue
         state = d.consumers[name]
-        if state.idle_since is None or state.residency is not Residency.RESIDENT:
+        if state.idle_since is None or state.residency is not RESIDENT:
             continue
         if name in d.waiting or is_pinned(d, name):
             continue
@@ -135,7 +130,7 @@ def request_load(d: Draft, name: str, operator: Operator, *, only_if_free: bool)
             arrival=d.arrivals,
             at=d.at,
             deadline=d.at + d.config.queue_timeout_us,
-            phase=Phase.QUEUED,
+            phase=QUEUED,
             operator=operator,
             only_if_free=only_if_free,
         )
@@ -155,9 +150,9 @@ def _no_load(d: Draft, name: str) -> str | None:
         return "it does not answer"
     if never := can_never_fit(d, name):
         return never
-    if operator_id(name) in d.requests or state.residency is Residency.LOADING:
+    if operator_id(name) in d.requests or state.residency is LOADING:
         return "it is being loaded already"
-    if state.residency is Residency.RESIDENT and not state.leaving:
+    if state.residency is RESIDENT and not state.leaving:
         return "it is loaded already"
     if state.load_cooldown is not None and d.at < state.load_cooldown.until:
         return "it failed to load a moment ago"
@@ -190,12 +185,12 @@ def load_by_itself(d: Draft) -> None:
 
 def _only_assumed(d: Draft, name: str) -> bool:
     state = d.consumers[name]
-    return state.residency is Residency.RESIDENT and state.last_probe is None
+    return state.residency is RESIDENT and state.last_probe is None
 
 
 def _load_absent(d: Draft, names: Sequence[str], operator: Operator) -> None:
     for name in names:
-        if d.consumers[name].residency is not Residency.RESIDENT:
+        if d.consumers[name].residency is not RESIDENT:
             request_load(d, name, operator, only_if_free=True)
             d.again = True
 

@@ -10,7 +10,7 @@ and a later version may explain better.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from attrs import frozen
 
@@ -23,8 +23,7 @@ from mgpu_core.state import State
 Json: TypeAlias = Mapping[str, Any]
 
 
-@frozen(kw_only=True)
-class Record:
+class Record(NamedTuple):
     """One event of a log, as the log holds it; `at` in microseconds since the Unix epoch."""
 
     seq: int

@@ -7,7 +7,7 @@ from mgpu_core.effects import Probe
 from mgpu_core.events import Cancel, Request, ServeDone
 from mgpu_core.memory import can_never_fit, promise_taken
 from mgpu_core.ordering import Believed
-from mgpu_core.state import Phase, RequestState, Residency, Source
+from mgpu_core.state import RESIDENT, SERVING, RequestState, Source
 from mgpu_core.transitions import Cause
 
 
@@ -64,7 +64,7 @@ def refusal(s: Believed, name: str, at: int) -> Refusal | None:
         why = f"{name} does not answer its health probe ({state.probe_error})"
         return Refusal("consumer_unreachable", why, retry_after_us=s.config.probe_interval_us)
     cooldown = state.load_cooldown
-    if cooldown and at < cooldown.until and state.residency is not Residency.RESIDENT:
+    if cooldown and at < cooldown.until and state.residency is not RESIDENT:
         why = f"{name} failed to load {cooldown.failures} times in a row"
         return Refusal("load_failed", why, retry_after_us=cooldown.until - at)
     operator_loads = 1 if operator_id(name) in s.requests else 0
@@ -72,7 +72,7 @@ def refusal(s: Believed, name: str, at: int) -> Refusal | None:
     if pending >= consumer.max_pending:
         why = f"{name} has {pending} requests waiting or served, which is its limit"
         return Refusal("overloaded", why, retry_after_us=s.counters.last_run_us or 1_000_000)
-    if state.residency is not Residency.RESIDENT and (never := can_never_fit(s, name)):
+    if state.residency is not RESIDENT and (never := can_never_fit(s, name)):
         return Refusal("insufficient_vram", never, retryable=False)
     return None
 
@@ -87,7 +87,7 @@ def on_cancel(d: Draft, event: Cancel) -> None:
     request = d.requests.get(event.request)
     if request is None:
         d.note("Ignored", request=event.request, what="Cancel", because="it is not known")
-    elif request.phase is Phase.SERVING:
+    elif request.phase is SERVING:
         d.note("Ignored", request=event.request, what="Cancel", because="it is being served")
     else:
         d.drop(event.request)
@@ -97,7 +97,7 @@ def on_cancel(d: Draft, event: Cancel) -> None:
 
 def on_serve_done(d: Draft, event: ServeDone) -> None:
     request = d.requests.get(event.request)
-    if request is None or request.phase is not Phase.SERVING:
+    if request is None or request.phase is not SERVING:
         d.note("Ignored", request=event.request, what="ServeDone", because="it is not served")
         return
     d.end_serving(event.request)
@@ -115,7 +115,7 @@ def on_serve_done(d: Draft, event: ServeDone) -> None:
     if state.starter == event.request:
         changes["starter"] = None
         promise_taken(d, name)
-        if event.outcome != "ok" and state.residency is Residency.RESIDENT:
+        if event.outcome != "ok" and state.residency is RESIDENT:
             d.move(name, Cause.COLD_START_FAILED, Source.ASSUMED, uncertain="load")
             d.do(Probe(consumer=name))
     d.update(name, **changes)

@@ -5,9 +5,7 @@ A request's way, numbered as in the decision tree of `walk.py`: 1 admission (`re
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from attrs import frozen
+from typing import Any, NamedTuple
 
 from mgpu_core import beliefs, completions, events, lifecycle, operator, requests, swaps, walk
 from mgpu_core.config import Config, in_order
@@ -20,8 +18,7 @@ from mgpu_core.planners import Planner
 from mgpu_core.state import State, SwapPhase, initial_state
 
 
-@frozen
-class Transition:
+class Transition(NamedTuple):
     """What a step gives: the next state, what is to be done, and why."""
 
     state: State
@@ -50,6 +47,9 @@ class Scheduler:
         if d.stirred or type(event) not in SEEING or d.at >= d.calm_until:
             completions.give_up_overdue(d)
             settle(d)
+            set_alarm(d)
+        elif d.reread and d.waiting:
+            d.calm = True  # as it was before
             set_alarm(d)
         return Transition(d.close(), tuple(d.effects), tuple(d.notes))
 

@@ -25,11 +25,7 @@ from mgpu_core.memory import (
     view_for,
 )
 from mgpu_core.notes import Reason, Why
-from mgpu_core.state import (
-    Residency,
-    Swap,
-    SwapPhase,
-)
+from mgpu_core.state import ABSENT, RESIDENT, Swap, SwapPhase
 from mgpu_core.transitions import Turn
 
 # Between two looks at the cards while a swap waits to see memory come free.
@@ -41,7 +37,7 @@ def plan(d: Draft, target: str) -> tuple[str, ...] | None:
     if d.own_planner is not None:
         return _ask(d, target)
     # The built-in ones name nobody for a resident, and the same for all that are alike.
-    if d.consumers[target].residency is Residency.RESIDENT:
+    if d.consumers[target].residency is RESIDENT:
         return ()
     return d.remember(("plan", alike(d, target)), lambda: _ask(d, target))
 
@@ -55,7 +51,7 @@ def _ask(d: Draft, target: str) -> tuple[str, ...] | None:
         victims = d.planner.victims(target, view)
     if victims is None:
         # Of a planner of one's own: for who is in already, nothing has to fit.
-        return () if d.consumers[target].residency is Residency.RESIDENT else None
+        return () if d.consumers[target].residency is RESIDENT else None
     return tuple(name for name in dict.fromkeys(victims) if name != target)
 
 
@@ -87,7 +83,7 @@ def _colliding(d: Draft, target: str, victims: set[str]) -> tuple[str, ...]:
 def _not_yet(d: Draft, victims: tuple[str, ...]) -> Reason | None:
     known = [name for name in victims if name in d.consumers]
     going = [one for name in known for one in (name, *stops_with(d, name))]
-    holding = [name for name in going if d.consumers[name].residency is not Residency.ABSENT]
+    holding = [name for name in going if d.consumers[name].residency is not ABSENT]
     if forbidden := [name for name in holding if _forbidden(d, name)]:
         return Reason(why=Why.UNFIT, who=tuple(forbidden))
     if cooling := [name for name in holding if cooling_down(d, name)]:
@@ -119,7 +115,7 @@ def _beside(d: Draft, target: str, victims: tuple[str, ...]) -> tuple[str, ...]:
     holding = [
         one
         for name in victims
-        if name in d.consumers and d.consumers[name].residency is not Residency.ABSENT
+        if name in d.consumers and d.consumers[name].residency is not ABSENT
         for one in (name, *stops_with(d, name))
     ]
     spared = d.consumer(target).can_coexist_with
@@ -158,7 +154,7 @@ def _evict(d: Draft, swap: Swap, victims: tuple[str, ...]) -> None:
     # Those first who take others of their server with them.
     for name in sorted(known, key=lambda name: not stops_with(d, name)):
         state = d.consumers[name]
-        if state.residency is Residency.ABSENT or state.operation is not None:
+        if state.residency is ABSENT or state.operation is not None:
             continue
         cards = {gpu: card for gpu in d.consumer(name).vram_mib if (card := good_card(d, gpu))}
         # Of who is stopped no process is left that could keep anything.
@@ -281,7 +277,7 @@ def _plan_anew(d: Draft, swap: Swap, *, because: str) -> bool:
     more = tuple(
         name
         for name in victims
-        if name in d.consumers and d.consumers[name].residency is not Residency.ABSENT
+        if name in d.consumers and d.consumers[name].residency is not ABSENT
     )
     if len(more) > left:
         end(d, swap, because="too many evictions for one swap")
@@ -303,7 +299,7 @@ def _plan_anew(d: Draft, swap: Swap, *, because: str) -> bool:
 def _load(d: Draft, swap: Swap) -> bool:
     """The memory is there: load the target, or let its first request do so."""
     consumer, state = d.consumer(swap.target), d.consumers[swap.target]
-    if state.residency is Residency.RESIDENT:
+    if state.residency is RESIDENT:
         finish(d, swap)
     elif consumer.loadable:
         promise_loading(d, swap.target)

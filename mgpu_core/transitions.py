@@ -7,7 +7,7 @@ core. The diagrams in docs/architecture.md are drawn from them.
 from collections.abc import Mapping
 from enum import StrEnum
 
-from mgpu_core.state import Residency, SwapPhase
+from mgpu_core.state import ABSENT, LOADING, RESIDENT, UNKNOWN, UNLOADING, Residency, SwapPhase
 
 
 class Cause(StrEnum):
@@ -27,38 +27,30 @@ class Cause(StrEnum):
     REFUSED = "refuses connections"
 
 
-_ABSENT, _LOADING, _RESIDENT, _UNLOADING, _UNKNOWN = (
-    Residency.ABSENT,
-    Residency.LOADING,
-    Residency.RESIDENT,
-    Residency.UNLOADING,
-    Residency.UNKNOWN,
-)
-
 RESIDENCY: Mapping[tuple[Residency, Cause], Residency] = {
-    (_ABSENT, Cause.LOAD_STARTED): _LOADING,
-    (_ABSENT, Cause.COLD_STARTED): _RESIDENT,
-    (_ABSENT, Cause.UNLOAD_STARTED): _UNLOADING,  # it may hold something that nobody saw it take
-    (_ABSENT, Cause.SEEN_RESIDENT): _RESIDENT,
-    (_ABSENT, Cause.SEEN_ABSENT): _ABSENT,
-    (_ABSENT, Cause.REFUSED): _ABSENT,
-    (_ABSENT, Cause.LEAKED): _UNKNOWN,
-    (_LOADING, Cause.LOADED): _RESIDENT,
-    (_LOADING, Cause.LOAD_FAILED): _UNKNOWN,
-    (_LOADING, Cause.UNLOAD_STARTED): _UNLOADING,  # by force
-    (_RESIDENT, Cause.UNLOAD_STARTED): _UNLOADING,
-    (_RESIDENT, Cause.COLD_START_FAILED): _UNKNOWN,
-    (_RESIDENT, Cause.SEEN_RESIDENT): _RESIDENT,
-    (_RESIDENT, Cause.SEEN_ABSENT): _ABSENT,
-    (_RESIDENT, Cause.REFUSED): _ABSENT,
-    (_UNLOADING, Cause.UNLOADED): _ABSENT,
-    (_UNLOADING, Cause.UNLOAD_FAILED): _UNKNOWN,
-    (_UNKNOWN, Cause.LOAD_STARTED): _LOADING,
-    (_UNKNOWN, Cause.COLD_STARTED): _RESIDENT,
-    (_UNKNOWN, Cause.UNLOAD_STARTED): _UNLOADING,
-    (_UNKNOWN, Cause.SEEN_RESIDENT): _RESIDENT,
-    (_UNKNOWN, Cause.SEEN_ABSENT): _ABSENT,
-    (_UNKNOWN, Cause.REFUSED): _ABSENT,
+    (ABSENT, Cause.LOAD_STARTED): LOADING,
+    (ABSENT, Cause.COLD_STARTED): RESIDENT,
+    (ABSENT, Cause.UNLOAD_STARTED): UNLOADING,  # it may hold something that nobody saw it take
+    (ABSENT, Cause.SEEN_RESIDENT): RESIDENT,
+    (ABSENT, Cause.SEEN_ABSENT): ABSENT,
+    (ABSENT, Cause.REFUSED): ABSENT,
+    (ABSENT, Cause.LEAKED): UNKNOWN,
+    (LOADING, Cause.LOADED): RESIDENT,
+    (LOADING, Cause.LOAD_FAILED): UNKNOWN,
+    (LOADING, Cause.UNLOAD_STARTED): UNLOADING,  # by force
+    (RESIDENT, Cause.UNLOAD_STARTED): UNLOADING,
+    (RESIDENT, Cause.COLD_START_FAILED): UNKNOWN,
+    (RESIDENT, Cause.SEEN_RESIDENT): RESIDENT,
+    (RESIDENT, Cause.SEEN_ABSENT): ABSENT,
+    (RESIDENT, Cause.REFUSED): ABSENT,
+    (UNLOADING, Cause.UNLOADED): ABSENT,
+    (UNLOADING, Cause.UNLOAD_FAILED): UNKNOWN,
+    (UNKNOWN, Cause.LOAD_STARTED): LOADING,
+    (UNKNOWN, Cause.COLD_STARTED): RESIDENT,
+    (UNKNOWN, Cause.UNLOAD_STARTED): UNLOADING,
+    (UNKNOWN, Cause.SEEN_RESIDENT): RESIDENT,
+    (UNKNOWN, Cause.SEEN_ABSENT): ABSENT,
+    (UNKNOWN, Cause.REFUSED): ABSENT,
 }
 
 

@@ -24,7 +24,7 @@ from mgpu_core.memory import (
 )
 from mgpu_core.notes import Reason, Why
 from mgpu_core.ordering import walk_order
-from mgpu_core.state import Phase, RequestState, Residency, Source
+from mgpu_core.state import ABSENT, RESIDENT, SERVING, UNKNOWN, RequestState, Source
 from mgpu_core.telling import awaited_now
 from mgpu_core.transitions import Cause
 
@@ -149,7 +149,7 @@ def _stopping_servers(d: Draft) -> frozenset[str]:
 def _is_out(d: Draft, name: str) -> bool:
     """A victim that has gone already, and is not on its way in."""
     state = d.consumers.get(name)
-    return state is None or (state.residency is Residency.ABSENT and name not in d.swaps)
+    return state is None or (state.residency is ABSENT and name not in d.swaps)
 
 
 def _bring_in(
@@ -211,8 +211,8 @@ def _may_hold_some(d: Draft, name: str) -> bool:
     or one whose load or first request failed, and may have left something.
     """
     state = d.consumers[name]
-    unseen = state.residency is Residency.ABSENT and state.source is Source.ASSUMED
-    failed = state.residency is Residency.UNKNOWN and state.uncertain == "load"
+    unseen = state.residency is ABSENT and state.source is Source.ASSUMED
+    failed = state.residency is UNKNOWN and state.uncertain == "load"
     return name not in d.swaps and ((unseen and d.consumer(name).lazy) or failed)
 
 
@@ -232,7 +232,7 @@ def _is_in_for_good(d: Draft, name: str) -> bool:
     """Nobody is unloaded who gave nothing the last time. But that may have had a passing reason."""
     state = d.consumers[name]
     leaky = state.leaky_mib is not None and d.consumer(name).driver == "none"
-    return leaky and state.residency is Residency.RESIDENT and name not in d.swaps
+    return leaky and state.residency is RESIDENT and name not in d.swaps
 
 
 def _working(d: Draft, name: str) -> tuple[str, ...]:
@@ -242,7 +242,7 @@ def _working(d: Draft, name: str) -> tuple[str, ...]:
 
 
 def may_serve(d: Draft, name: str) -> bool:
-    return d.consumers[name].residency is Residency.RESIDENT or d.consumers[name].cleared
+    return d.consumers[name].residency is RESIDENT or d.consumers[name].cleared
 
 
 def grant(d: Draft, request: str) -> None:
@@ -253,7 +253,7 @@ def grant(d: Draft, request: str) -> None:
     if state.cleared or (d.consumer(name).lazy and untouched):
         promise_granted(d, name)
         d.update(name, starter=request, cleared=False, leaky_mib=None)
-        if state.residency is not Residency.RESIDENT:
+        if state.residency is not RESIDENT:
             d.move(name, Cause.COLD_STARTED, Source.ASSUMED)
     d.grant(request)
 
@@ -395,7 +395,7 @@ def _just_gone(d: Draft, gpu: int) -> list[str]:
     return [
         name
         for name, state in d.consumers.items()
-        if state.residency is Residency.ABSENT
+        if state.residency is ABSENT
         and state.source is Source.COMMAND
         and state.moved > settled
         and gpu in d.consumer(name).vram_mib
@@ -409,7 +409,7 @@ def _holders(d: Draft, target: str, numbers: dict[str, int]) -> tuple[str, ...]:
         name
         for name in d.present()
         if name != target
-        and d.consumers[name].residency is not Residency.ABSENT
+        and d.consumers[name].residency is not ABSENT
         and not cards.isdisjoint(d.consumer(name).vram_mib)
     )
     foreign = any(gpu in d.cards and d.cards[gpu].foreign_mib for gpu in cards)
@@ -488,7 +488,7 @@ def expire(d: Draft) -> None:
     late = [
         name
         for name, request in d.requests.items()
-        if request.phase is not Phase.SERVING and d.at >= request.deadline
+        if request.phase is not SERVING and d.at >= request.deadline
     ]
     for name in late:
         request, reason = d.requests[name], d.reasons[name]

@@ -204,13 +204,7 @@ def decode_record(line: bytes) -> Record | None:
         return None
     try:
         data = _parse(line)
-        return Record(
-            seq=data["seq"],
-            at=data["at"],
-            event=data["event"],
-            effects=data["effects"],
-            notes=data["notes"],
-        )
+        return Record(data["seq"], data["at"], data["event"], data["effects"], data["notes"])
     except (ValueError, TypeError, KeyError):
         return None
 

@@ -52,8 +52,8 @@ PLANTS = (
         "a-timed-out-job-never-ends",
         "P10",
         "requests",
-        "if request is None or request.phase is not Phase.SERVING:",
-        'if request is None or request.phase is not Phase.SERVING or event.outcome == "timeout":',
+        "if request is None or request.phase is not SERVING:",
+        'if request is None or request.phase is not SERVING or event.outcome == "timeout":',
         like="ServerlessLLM: a count that is never given back",
     ),
     plant(
@@ -204,10 +204,8 @@ PLANTS = (
         "an-unload-under-way-is-free-memory-already",
         "P7",
         "memory",
-        "    if state.residency is Residency.ABSENT:\n        return 0\n    return held_mib(",
-        "    if state.residency in {Residency.ABSENT, Residency.UNLOADING}:\n"
-        "        return 0\n"
-        "    return held_mib(",
+        "    if state.residency is ABSENT:\n        return 0\n    return held_mib(",
+        "    if state.residency in {ABSENT, UNLOADING}:\n        return 0\n    return held_mib(",
         like="large-model-proxy L2: evicts without knowing that it suffices",
     ),
     plant(
@@ -351,8 +349,8 @@ PLANTS = (
         "a-probe-takes-it-away-from-its-work",
         "P5",
         "beliefs",
-        "        and name not in d.serving\n        and not any(",
-        "        and state.starter is None\n        and not any(",
+        "        and name not in d.serving\n        and name not in d.swaps\n",
+        "        and state.starter is None\n        and name not in d.swaps\n",
         like="speaches: out of the books while at work, loaded a second time",
     ),
     plant(
@@ -367,8 +365,8 @@ PLANTS = (
         "a-probe-forgives-who-has-to-leave",
         "P2",
         "beliefs",
-        "d.move(name, Cause.SEEN_RESIDENT, source, idle_since=idle_since)",
-        "d.move(name, Cause.SEEN_RESIDENT, source, idle_since=idle_since, leaving=False)",
+        "        return  # that is no news\n",
+        "        d.update(name, leaving=False)\n        return\n",
         like="ollama #17408: a victim is resurrected, who waits for it waits for ever",
     ),
     # ------------------------------------------------------------ limits

@@ -18,7 +18,7 @@ from mgpu_core.memory import free_mib, good_card
 from mgpu_core.notes import Reason, Why
 from mgpu_core.requests import on_cancel
 from mgpu_core.simulation import ORACLES, campaign, first_violation, judged, smallest
-from mgpu_core.state import Phase, Source
+from mgpu_core.state import Phase, RequestState, Source
 from mgpu_core.swaps import forget
 from mgpu_core.transitions import Cause
 
@@ -66,8 +66,8 @@ def nobody_is_owed() -> AbstractContextManager[Any]:
     return mock.patch.object(Draft, "enqueue_again", lambda d, n, owed: put_back(d, n, owed=False))
 
 
-def waits_stay(d: Draft, name: str) -> None:
-    del d.overtaken[name], d.overtaken_high[name]
+def waits_stay(d: Draft, request: RequestState) -> int:
+    return sum(d._own(counts).pop(request.request) for counts in ("overtaken", "overtaken_high"))
 
 
 def epochs_of_the_process() -> AbstractContextManager[Any]:

@@ -163,7 +163,7 @@ def renamed(told: History) -> History:
 
     def steps() -> Iterator[Any]:
         for event, transition in told.steps:
-            yield of(event), evolve(transition, effects=tuple(map(of, transition.effects)))
+            yield of(event), transition._replace(effects=tuple(map(of, transition.effects)))
 
     return History(told.config, tuple(steps()))
 

@@ -6,8 +6,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from attrs import asdict
-
 from mgpu_core.events import Unload
 from mgpu_core.replay import Record
 from mgpu_core.state import Residency
@@ -100,7 +98,7 @@ def paths(upstream: Upstream) -> list[str]:
 
 def lines(log_dir: Path) -> list[dict[str, Any]]:
     """Read what was logged, without the headers."""
-    return [asdict(item) for item in read(log_dir) if isinstance(item, Record)]
+    return [item._asdict() for item in read(log_dir) if isinstance(item, Record)]
 
 
 def logged(log_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def gain_mib(d: Draft, name: str, gpu: int, *, by_driver: bool = False) -> int:
         return 0
     if state.residency is ABSENT and name not in d.swaps:
         return 0
-    if kept := kept_mib(d, name, gpu):
+    if name in d.promises and (kept := kept_mib(d, name, gpu)):
         return kept
     if state.residency is UNKNOWN and state.uncertain != "unload" and good_card(d, gpu) is not None:
         return 0  # the sample counts what a failed load left behind, if anything
@@ -221,11 +221,9 @@ def can_never_fit(s: Believed, name: str) -> str | None:
 def is_busy(d: Draft, name: str) -> bool:
     """It works for somebody past the broker, by a probe taken after its last work for us."""
     state = d.consumers[name]
-    return (
-        state.busy_seen is not None
-        and state.busy_seen > state.last_done
-        and d.at <= state.busy_seen + 2 * d.config.probe_interval_us
-    )
+    if state.busy_seen is None or state.busy_seen <= state.last_done:
+        return False
+    return d.at <= state.busy_seen + 2 * d.config.probe_interval_us
 
 
 def at_work(d: Draft, name: str) -> bool:
@@ -254,7 +252,8 @@ def may_be_evicted(d: Draft, name: str) -> bool:
     """Nothing forbids it, for itself or for those who would go with it."""
     if not d.consumer(name).unloadable or cooling_down(d, name) or is_protected(d, name):
         return False
-    return not any(is_protected(d, one) for one in stops_with(d, name))
+    stopped = stops_with(d, name)
+    return not (stopped and any(is_protected(d, one) for one in stopped))
 
 
 def is_protected(d: Draft, name: str) -> bool:
@@ -314,10 +313,13 @@ def _holders(d: Draft, *, by_driver: bool) -> dict[str, Holder]:
 def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
     consumer, state = d.consumer(name), d.consumers[name]
     stopped = stops_with(d, name)
+    gains = {}
+    for gpu in consumer.vram_mib:
+        gains[gpu] = gain_mib(d, name, gpu, by_driver=by_driver)
     return Holder(
         name=name,
         residency=state.residency,
-        gain_mib={gpu: gain_mib(d, name, gpu, by_driver=by_driver) for gpu in consumer.vram_mib},
+        gain_mib=gains,
         need_mib=need_mib(consumer, state),
         measured_mib=state.measured_mib,
         last_used=state.last_used,
@@ -330,7 +332,7 @@ def _holder(d: Draft, name: str, *, by_driver: bool) -> Holder:
         pinned=is_pinned(d, name),
         stops_with=stopped,
         evictable=may_be_evicted(d, name),
-        idle=not at_work(d, name) and not any(at_work(d, one) for one in stopped),
+        idle=not at_work(d, name) and not (stopped and any(at_work(d, one) for one in stopped)),
     )
 
 

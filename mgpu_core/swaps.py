@@ -175,10 +175,8 @@ def _evict(d: Draft, swap: Swap, victims: tuple[str, ...]) -> None:
 
 def advance_all(d: Draft) -> None:
     """Bring every swap as far as it goes now, the oldest first."""
-    if not d.swaps:
-        return
-    for swap in sorted(d.swaps.values(), key=lambda swap: swap.epoch):
-        while swap.target in d.swaps and _advance(d, d.swaps[swap.target]):
+    for target in sorted(d.swaps, key=lambda name: d.swaps[name].epoch):
+        while (swap := d.swaps.get(target)) is not None and _advance(d, swap):
             pass
 
 

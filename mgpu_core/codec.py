@@ -64,19 +64,9 @@ def encode_effect(effect: Effect) -> dict[str, Json]:
     return stamp(_class_encoder(kind, kind.__name__)(effect))
 
 
-def encode_note(note: Note) -> dict[str, Json]:
-    """Give the note flat: its details stand beside its type, tuples among them as they are.
-
-    A moment in which many begin to wait has dozens of notes, so no detail is looked at: each is
-    what JSON knows (`Detail`).
-    """
-    encoded: dict[str, Json] = {"type": note.type}
-    if note.request is not None:
-        encoded["request"] = note.request
-    if note.consumer is not None:
-        encoded["consumer"] = note.consumer
-    encoded.update(note.details)
-    return encoded
+def encode_note(note: Note) -> Mapping[str, Json]:
+    """Give the note as it is: it holds what JSON knows, tuples among it."""
+    return note.told
 
 
 def encode_config(config: Config) -> dict[str, Json]:
@@ -96,13 +86,7 @@ def decode_effect(data: Mapping[str, Json]) -> Effect:
 
 
 def decode_note(data: Mapping[str, Json]) -> Note:
-    rest = {key: _frozen(value) for key, value in data.items()}
-    return Note(
-        type=rest.pop("type"),
-        request=rest.pop("request", None),
-        consumer=rest.pop("consumer", None),
-        details=rest,
-    )
+    return Note({key: _frozen(value) for key, value in data.items()})
 
 
 def decode_config(data: Mapping[str, Json]) -> Config:

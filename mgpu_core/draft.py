@@ -175,16 +175,9 @@ class Draft:
         if SampleGpu() not in self.effects:
             self.do(SampleGpu())
 
-    def note(
-        self,
-        type_: str,
-        /,
-        *,
-        request: str | None = None,
-        consumer: str | None = None,
-        **details: Detail,
-    ) -> None:
-        self.notes.append(Note(type_, request, consumer, details))
+    def note(self, type_: str, /, **told: Detail) -> None:
+        """Say why: `request` and `consumer` first, where it is about one, then the numbers."""
+        self.notes.append(Note({"type": type_, **told}))
 
     # ------------------------------------------------------------------------------ consumers
 
@@ -467,7 +460,8 @@ class Draft:
                     retry_after=seconds,
                 )
             )
-        self.note("Rejected", request=name, consumer=consumer, code=code, message=message)
+        about = {"request": name} if consumer is None else {"request": name, "consumer": consumer}
+        self.note("Rejected", **about, code=code, message=message)
 
     def why(self, name: str, reason: Reason) -> Reason:
         """Note why a request waits, where that is news; gives the reason as it is kept."""

@@ -387,13 +387,12 @@ class Broker:
 
 
 def _line(note: Note) -> str:
-    encoded = encode_note(note)
-    kind = encoded.pop("type")
     texts = (
         f"{key}={','.join(value) if isinstance(value, tuple) else value}"
-        for key, value in encoded.items()
+        for key, value in note.told.items()
+        if key != "type"
     )
-    return " ".join([kind, *texts])
+    return " ".join([note.type, *texts])
 
 
 def _out_of_order() -> BrokerError:

@@ -71,6 +71,12 @@ def segment_name(run: str, seq: int) -> str:
     return f"events-{run}-{seq:010d}.jsonl"
 
 
+def named(path: Path) -> tuple[str, int] | None:
+    """Give the run and the first event of a segment, or of what was made of one, by its name."""
+    found = _NAME.match(path.name)
+    return (found["run"], int(found["seq"])) if found else None
+
+
 def open_log(path: Path) -> BinaryIO:
     """Open a file, compressed or not. Raises EventLogError, GoneError where there is none."""
     try:

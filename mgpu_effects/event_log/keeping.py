@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from mgpu_effects.event_log.files import COMPRESSED
+from attrs import frozen
+
+from mgpu_effects.event_log.files import COMPRESSED, named
 from mgpu_effects.event_log.format import Torn
 from mgpu_effects.settings import EventLogSettings
 
@@ -46,18 +48,33 @@ def set_aside(torn: Torn) -> Path:
     return beside
 
 
+@frozen
+class Written:
+    """What may be written to: the segments of a run from the one on that begins with event `seq`.
+
+    A run goes on while older segments are tidied, so they may be several by then.
+    """
+
+    run: str
+    seq: int
+
+    def has(self, path: Path) -> bool:
+        of = named(path)
+        return of is not None and of[0] == self.run and of[1] >= self.seq
+
+
 def tidy(
-    directory: Path, current: Path | None, settings: EventLogSettings, stop: threading.Event
+    directory: Path, written: Written, settings: EventLogSettings, stop: threading.Event
 ) -> None:
     """Compress what is closed, and remove what is too old or too much. Never raises OSError."""
     try:
         for path in sorted(directory.glob("events-*.jsonl")):
-            if path != current and not stop.is_set():
+            if not written.has(path) and not stop.is_set():
                 _compress(path, stop)
     except OSError as error:
         _log.error("event log: closed segments are not compressed: %s", error)
     try:
-        _prune(directory, current, settings)
+        _prune(directory, written, settings)
     except OSError as error:
         _log.error("event log: old segments stay: %s", error)
 
@@ -86,15 +103,15 @@ def _pack(plain: BinaryIO, packed: BinaryIO, stop: threading.Event) -> None:
     os.fsync(packed.fileno())
 
 
-def _prune(directory: Path, current: Path | None, settings: EventLogSettings) -> None:
-    """Remove the oldest beyond `keep_mib`, of which the current one counts as full, and those
-    beyond `keep_days`; and what compressing left behind when its process was killed.
+def _prune(directory: Path, written: Written, settings: EventLogSettings) -> None:
+    """Remove the oldest beyond `keep_mib`, of which the one that is written counts as full, and
+    those beyond `keep_days`; and what compressing left behind when its process was killed.
     """
     for leftover in directory.glob(f"events-*{_PART}"):
         leftover.unlink()
     room_bytes = (settings.keep_mib - settings.rotate_mib) * MIB
     oldest_s = time.time() - settings.keep_days * _DAY_S
-    closed = [(p.stat(), p) for p in directory.glob("events-*.jsonl*") if p != current]
+    closed = [(p.stat(), p) for p in directory.glob("events-*.jsonl*") if not written.has(p)]
     for stat, path in sorted(closed, key=lambda c: (c[0].st_mtime_ns, c[1]), reverse=True):
         room_bytes -= stat.st_size
         if room_bytes < 0 or stat.st_mtime < oldest_s:

@@ -22,7 +22,7 @@ from mgpu_effects.event_log.format import (
     encode_header,
     encode_line,
 )
-from mgpu_effects.event_log.keeping import MIB, sync_directory, tidy
+from mgpu_effects.event_log.keeping import MIB, Written, sync_directory, tidy
 from mgpu_effects.event_log.live import Live
 from mgpu_effects.settings import EventLogSettings
 
@@ -171,7 +171,7 @@ class EventLog:
             lines += encode_gap(*self._gap)
         path = self.directory / segment_name(self._run, seq)
         try:
-            segment = _Segment(path, lines)
+            segment = _Segment(path, seq, lines)
         except OSError as error:
             _log.error("event log: %s: %s", path.name, error.strerror)
             self._begin_after = time.monotonic() + _RETRY_S
@@ -198,8 +198,9 @@ class EventLog:
         while not self._ending.is_set():
             await self._untidy.wait()
             self._untidy.clear()
-            current = self._segment.path if self._segment else None
-            await asyncio.to_thread(tidy, self.directory, current, self._settings, self._ending)
+            seq = self._segment.seq if self._segment else self.live.seq + 1
+            written = Written(self._run, seq)
+            await asyncio.to_thread(tidy, self.directory, written, self._settings, self._ending)
 
     async def _sync_when_dirty(self, pause_s: float) -> None:
         while True:
@@ -214,8 +215,8 @@ class EventLog:
 class _Segment:
     """A new file. Its constructor and `write` raise OSError and leave no part of the data."""
 
-    def __init__(self, path: Path, head: bytes) -> None:
-        self.path = path
+    def __init__(self, path: Path, seq: int, head: bytes) -> None:
+        self.seq = seq  # of its first event
         self.size = 0
         self._events = 0
         self._begun = time.monotonic()

@@ -4,9 +4,11 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgpu_effects.event_log import EventLog, EventLogError, default_dir, encode_line, writing
+from mgpu_core.replay import Record
+from mgpu_effects.event_log import EventLog, EventLogError, default_dir, encode_line, read, writing
 from mgpu_effects.settings import EventLogSettings
+from tests.support.upstream import eventually
 
 AT = 1_780_000_000_000_000
 # One line of it makes a segment full.
@@ -393,3 +397,25 @@ def test_a_line_is_ascii_as_the_standard_library_writes_it(note):
     line = encode_line(**members)
 
     assert line == b'%b,"crc":"%08x"}\n' % (document[:-1], zlib.crc32(document))
+
+
+async def test_a_segment_that_began_while_others_wait_to_be_tidied_is_left_alone(
+    start, tmp_path, monkeypatch
+):
+    """All threads are at work for somebody else, and the run goes on for two segments."""
+    monkeypatch.setattr(writing, "SEGMENT_EVENTS", 3)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(max_workers=1))
+    free = threading.Event()
+    at_work = loop.run_in_executor(None, free.wait)
+    run = start()
+    await asyncio.sleep(0)  # its keeper asks for a thread
+    for _ in range(7):
+        run.append()
+    free.set()
+    await at_work
+    await eventually(lambda: len(list((tmp_path / "log").glob("*.jsonl"))) <= 1)
+    run.append()
+    await run.log.close()
+    kept = [item.seq for item in read(tmp_path / "log") if isinstance(item, Record)]
+    assert kept == list(range(1, 9))

@@ -11,17 +11,22 @@ from pathlib import Path
 import pytest
 
 from mgpu_effects.event_log import Torn, keeping, read
+from mgpu_effects.event_log.files import named
 from mgpu_effects.event_log.format import Place
-from mgpu_effects.event_log.keeping import set_aside, tidy
+from mgpu_effects.event_log.keeping import Written, set_aside, tidy
 from mgpu_effects.settings import EventLogSettings
 from tests.support.logs import history, write_log
 
 DAY_S = 86_400
 
 
+NOBODY_WRITES = Written("another run", 1)
+
+
 def keep(directory: Path, current: Path | None = None, **settings: object) -> None:
     settings = {"rotate_mib": 1, "keep_mib": 100, **settings}
-    tidy(directory, current, EventLogSettings(**settings), threading.Event())  # type: ignore[arg-type]
+    written = Written(*(named(current) or ("", 0))) if current else NOBODY_WRITES
+    tidy(directory, written, EventLogSettings(**settings), threading.Event())  # type: ignore[arg-type]
 
 
 def names(directory: Path) -> list[str]:
@@ -93,7 +98,7 @@ def test_it_stops_when_the_broker_ends(tmp_path: Path) -> None:
     (path,) = write_log(tmp_path, history())
     ending = threading.Event()
     ending.set()
-    tidy(tmp_path, None, EventLogSettings(), ending)
+    tidy(tmp_path, NOBODY_WRITES, EventLogSettings(), ending)
     assert names(tmp_path) == [path.name]
 
 

@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from attrs import evolve, field, frozen
 
@@ -68,8 +68,7 @@ class Point:
         return self.at is not None and record.at > self.at
 
 
-@frozen
-class Step:
+class Step(NamedTuple):
     """One event of a log; `before` and `transition` are None where the state is not known.
 
     `difference`: today's code decides otherwise here, so that the states from here on, up to the
@@ -124,6 +123,9 @@ class Source:
         """Stream it; of a directory, from the start of the segment that `point` is in."""
         point, begun = point or Point(text=""), False
         for item in self._read(point, follow=follow):
+            if type(item) is Record:  # nearly all are
+                yield item
+                continue
             if said := odd(item):
                 self.tell(said)
             begun = begun or isinstance(item, Segment)
@@ -246,7 +248,8 @@ class Fold:
 
     def step(self, record: Record) -> Step:
         """Take an event."""
-        self._catch_up()
+        if self._segment is not None or self._behind:
+            self._catch_up()
         return self._step(record)
 
     @property

@@ -59,29 +59,31 @@ class Strict:
     def run(self, source: Source) -> "Differs | None":
         """Give the first event that differs; None: there is none."""
         fold, began = Fold(self.planner), time.perf_counter()
+        found = None
         with Progress() as progress:
             for item in source.items():
                 if not isinstance(item, Record):
                     fold.begin(item)
                     continue
                 if (found := self._step(fold, item)) is not None:
-                    return found
-                self.took_s = time.perf_counter() - began
+                    break
                 if self.events % PROGRESS_EVERY == 0:
+                    self.took_s = time.perf_counter() - began
                     progress.show(f"event {item.seq}: {self.events} replayed, {self.rate} a second")
-        return None
+        self.took_s = time.perf_counter() - began
+        return found
 
     def _step(self, fold: Fold, record: Record) -> "Differs | None":
         self.events += 1
-        before = fold.state
         try:
             step = fold.step(record)
         except CommandError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a planner or a defect may raise
-            return Differs(record, before, None, f"{type(error).__name__}: {error}")
-        self.unknown += step.before is None
-        return Differs(record, before, step.difference) if step.difference else None
+            return Differs(record, fold.state, None, f"{type(error).__name__}: {error}")
+        if step.before is None:
+            self.unknown += 1
+        return Differs(record, step.before, step.difference) if step.difference else None
 
     @property
     def rate(self) -> int:

@@ -4,6 +4,8 @@ from attrs import evolve
 
 from mgpu_core import events as ev
 from mgpu_core.config import SECOND_US, Gpu
+from mgpu_core.draft import Draft
+from mgpu_core.memory import view_for
 from tests.core.driver import Core, lazy, service
 
 CARD = (Gpu(total_mib=15_000),)
@@ -395,3 +397,13 @@ def test_a_model_that_waits_for_a_place_at_its_server_is_not_brought_in_again_an
     core.finish("r2")
     core.probe("b", resident=False)
     assert core.residency("b") == "absent"
+
+
+def test_the_stop_of_a_leaky_one_that_was_declared_smaller_takes_no_memory() -> None:
+    """It leaked more than it is said to hold since the configuration was read anew."""
+    core = Core(service("a", 8_000, driver="systemd"), service("b", 8_000))
+    consumers = core.state.consumers
+    leaky = evolve(consumers["a"], leaky_mib=9_000)
+    draft = Draft(evolve(core.state, consumers={**consumers, "a": leaky}), 1, None)
+    seen = view_for(draft, "b", max_evictions=5, by_driver=True)
+    assert seen.holders["a"].gain_mib == {0: 0}

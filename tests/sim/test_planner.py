@@ -7,6 +7,7 @@ from unittest import mock
 from zlib import crc32
 
 import pytest
+from attrs import evolve
 
 from docs.examples.planners import LargestFirst, OnlyIdle
 from mgpu_core import effects as fx
@@ -51,6 +52,13 @@ def view(*holders: Holder, need: int = 10_000, free: int = 2_000, **fields: obje
         free_mib={0: free},
         **(plain | fields),  # type: ignore[arg-type]
     )
+
+
+def test_what_is_missing_on_two_cards_may_be_asked_with_an_iterator() -> None:
+    a = holder("a", gain_mib={0: 9_000, 1: 9_000})
+    seen = evolve(view(a), need_mib={0: 10_000, 1: 10_000}, free_mib={0: 2_000, 1: 2_000})
+    assert seen.missing_mib() == {0: 8_000, 1: 8_000}
+    assert seen.missing_mib(one for one in [a]) == {}
 
 
 def complaints(answer: object, seen: View) -> list[str]:

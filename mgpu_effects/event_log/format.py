@@ -210,9 +210,13 @@ def decode_record(line: bytes) -> Record | None:
 
 
 def _parse(line: bytes) -> Any:
-    if _LARGE in line.translate(_AS_ZEROS):
-        return json.loads(line)
-    return orjson.loads(line)
+    """Read the JSON of a line, ever so large numbers and halves of characters included."""
+    if _LARGE not in line.translate(_AS_ZEROS):
+        try:
+            return orjson.loads(line)
+        except orjson.JSONDecodeError:
+            pass  # as it knows no half of a character
+    return json.loads(line)
 
 
 def is_whole(line: bytes) -> bool:

@@ -1,5 +1,5 @@
-"""A log streamed: a directory of segments, one segment, or standard input. No more than a line of
-it is held in memory.
+"""A log streamed: a directory of segments, one segment, or standard input. No more than some dozens
+of its lines are held in memory.
 
     for item in read("/var/lib/mgpu", seq=4711):
         if isinstance(item, Record): ...

@@ -21,9 +21,11 @@ from mgpu_effects.event_log import (
     Skipped,
     Torn,
     encode_gap,
+    encode_line,
     read,
 )
 from mgpu_effects.event_log.files import segment_files
+from mgpu_effects.event_log.format import Place, decode_line
 from tests.support.logs import header, history, lines, write_log
 
 STEPS = len(history().steps)
@@ -71,6 +73,21 @@ def test_a_log_is_read_as_it_was_written_and_replays(tmp_path: Path, packed: boo
             assert replay.step(item) is None
             assert replay.state == transition.state
     assert number == STEPS
+
+
+@pytest.mark.parametrize(
+    "odd", ["\ud800", "\x7f", "\u00e9", '"notes":[', 2**64 - 1, 2**64, -(2**70)]
+)
+def test_whatever_an_event_holds_is_read_as_it_was_written(odd: object) -> None:
+    """Not all of it is JSON to every library, and some take a large number for another."""
+    event, effect = {"type": "Request", "request": odd}, {"type": "Probe", "consumer": odd}
+    line = encode_line(1, 2, event, [effect], [{"type": "Odd", "x": odd}])
+    assert line.isascii()
+    item = decode_line(line, Place("x", 0, 2))
+    assert isinstance(item, Record)
+    assert item.event == event
+    assert item.effects == [effect]
+    assert item.notes == [{"type": "Odd", "x": odd}]
 
 
 def test_one_file_and_standard_input_are_logs_too(

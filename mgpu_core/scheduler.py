@@ -59,7 +59,7 @@ def settle(d: Draft) -> None:
     rounds = 8 * (len(d.requests) + len(d.consumers)) + 32
     for _ in range(rounds):
         d.again = d.stirred = False
-        told = len(d.notes) + len(d.effects)
+        told = _told(d)
         if d.swaps:
             swaps.advance_all(d)
         if d.arrived:
@@ -69,7 +69,11 @@ def settle(d: Draft) -> None:
             operator.leave(d)
             operator.unload_idle(d)
         if d.queue and not d.stopping:
+            stirred, before = d.stirred, _told(d)
             walk.walk(d)
+            if not d.queue:  # a walk only takes, and nobody is left who might be told of that
+                d.stirred = stirred
+                told += _told(d) - before
         d.concerned = None
         if not d.again:
             walk.expire(d)
@@ -78,9 +82,13 @@ def settle(d: Draft) -> None:
         if not d.again:
             lifecycle.retire(d)
             swaps.tell(d)
-            d.calm = not (d.stirred or d.partial) and len(d.notes) + len(d.effects) == told
+            d.calm = not (d.stirred or d.partial) and _told(d) == told
             return
     raise AssertionError(f"the step at {d.at} does not come to rest")
+
+
+def _told(d: Draft) -> int:
+    return len(d.notes) + len(d.effects)
 
 
 # ---------------------------------------------------------------------------- single events
